@@ -1,0 +1,343 @@
+"""CIFAR-10 on the GPU as bytes, augmented by one kernel launch a batch.
+
+The whole training set is 50,000 x 32 x 32 x 3 bytes = 154 MB: it fits on any GPU, so it goes there
+once, as uint8, and never comes back. An epoch is then a table of random numbers, one row an image:
+
+    index   which image
+    top     row where the 32 x 32 crop starts in the picture padded by 4 on every side (0 .. 8)
+    left    its column                                                               (0 .. 8)
+    flip    1 = mirror it left to right
+    cut_y   centre of the 8 x 8 cutout, row                                          (0 .. 31)
+    cut_x   and column; what falls off the border is clipped
+
+and a batch is a *pure function* of the bytes and 512 rows of that table. `augment` is this function
+in plain torch: read it first. `fused_augment` is the same in one Triton kernel, bit for bit, which
+reads 3,072 bytes an image and writes 6,144 (in bf16) and touches nothing in between; plain torch
+writes and reads back every intermediate picture.
+
+    python data.py         draws augmented.png and times the loader against torchvision's
+"""
+import hashlib
+import itertools
+import socket
+import statistics
+import sys
+import time
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torchvision
+
+from model import UserError, check_zip, run
+
+try:
+    import triton
+    import triton.language as tl
+except Exception:                 # Windows and macOS have no Triton, and an install can be broken
+    triton = None
+
+SIZE, CHANNELS, PAD, CUT = 32, 3, 4, 8
+
+
+# ------------------------------------------------------------------------------------- the draws
+
+def draw_epoch(count, seed, epoch):
+    """One epoch's random numbers, (count, 6) int32, columns as above; the order is a permutation.
+
+    The generator's seed is a hash of the pair (numpy's SeedSequence), not a sum: with seed + epoch,
+    epoch 1 of seed 0 would be epoch 0 of seed 1. Nothing is carried over from epoch to epoch, so
+    any epoch can be made again from nothing. seed and epoch lie in 0 .. 2^32 - 1.
+    """
+    random = np.random.default_rng((seed, epoch))
+    return torch.from_numpy(np.stack([
+        random.permutation(count),
+        random.integers(0, 2 * PAD + 1, count),
+        random.integers(0, 2 * PAD + 1, count),
+        random.integers(0, 2, count),
+        random.integers(0, SIZE, count),
+        random.integers(0, SIZE, count)], axis=1).astype(np.int32))
+
+
+def plain_draws(count):
+    """The draws that change nothing, in order: crop in the middle, no flip, cutout far outside."""
+    draws = torch.tensor([0, PAD, PAD, 0, -SIZE, -SIZE], dtype=torch.int32).repeat(count, 1)
+    draws[:, 0] = torch.arange(count)
+    return draws
+
+
+# -------------------------------------------------------------------- the reference, in plain torch
+
+def reflect(i):
+    """Coordinates -31 .. 62 folded back into 0 .. 31 as in a mirror: -1 -> 1, 32 -> 30."""
+    i = i.abs()
+    return torch.minimum(i, 2 * (SIZE - 1) - i)
+
+
+def augment(images, draws, mean, inverse_std, dtype):
+    """Crop, flip, cut out, normalise: (N, 32, 32, 3) uint8 and (B, 6) draws to (B, 3, 32, 32).
+
+    mean and inverse_std are (3,) float32 on the scale 0 .. 255; the result is channels_last.
+    """
+    index, top, left, flip, cut_y, cut_x = draws.long()[:, :, None].unbind(1)      # (B, 1) each
+    row = torch.arange(SIZE, device=images.device)                                 # (32,)
+    lane = torch.arange(SIZE * CHANNELS, device=images.device)                     # (96,)
+    column, channel = lane // CHANNELS, lane % CHANNELS      # a row is r g b r g b r g b ...
+    # Crop and flip are only a question of where a pixel comes from: pixel (row, column) of the
+    # flipped crop is pixel (row, 31 - column) of the crop, which starts at (top - 4, left - 4).
+    y = reflect(row + top - PAD)                                                   # (B, 32)
+    x = reflect(torch.where(flip == 1, SIZE - 1 - column, column) + left - PAD)    # (B, 96)
+    rows = images.view(-1, SIZE * CHANNELS).index_select(0, (index * SIZE + y).flatten())
+    rows = rows.view(-1, SIZE, SIZE * CHANNELS)                                    # (B, 32, 96)
+    pixels = rows.gather(2, (x * CHANNELS + channel)[:, None].expand_as(rows))     # (B, 32, 96)
+    # Subtract, then multiply: no compiler can fuse these two into one rounding (it could with
+    # pixel * scale + shift), so the same bits come out of every device.
+    values = (pixels - mean.repeat(SIZE)) * inverse_std.repeat(SIZE)               # (B, 32, 96)
+    # The cutout takes rows cut_y - 4 .. cut_y + 3 and columns likewise. Its fill is the mean
+    # colour, which normalisation has just made 0.
+    cut_row, cut_column = row - cut_y + CUT // 2, column - cut_x + CUT // 2
+    cut = ((cut_row >= 0) & (cut_row < CUT))[:, :, None] \
+        & ((cut_column >= 0) & (cut_column < CUT))[:, None, :]                     # (B, 32, 96)
+    values = values.masked_fill_(cut, 0).view(-1, SIZE, SIZE, CHANNELS)
+    # NHWC in memory, seen as (B, 3, 32, 32), is exactly what torch calls channels_last.
+    return values.to(dtype).permute(0, 3, 1, 2)
+
+
+# ------------------------------------------------------------------------- the same, in one kernel
+
+if triton:
+    @triton.jit
+    def augment_kernel(
+        images,              # *uint8 (N, 32, 32, 3): the whole set
+        draws,               # *int32 (B, 6)
+        mean, inverse_std,   # *float32 (3,)
+        out,                 # *bf16, *fp16 or *float32 (B, 32, 32, 3)
+        SIZE: tl.constexpr, PAD: tl.constexpr, CUT: tl.constexpr,
+        LANES: tl.constexpr,  # the 32 * 3 = 96 values of an output row, up to a power of two: 128
+    ):
+        # One program makes one image.
+        image = tl.program_id(0).to(tl.int64)         # int64: 700,000 images pass 2^31 bytes
+        draws += image * 6
+        index = tl.load(draws).to(tl.int64)
+        top, left, flip = tl.load(draws + 1), tl.load(draws + 2), tl.load(draws + 3)
+        cut_y, cut_x = tl.load(draws + 4), tl.load(draws + 5)
+
+        # A tile is 32 rows of 128 lanes. What depends on the row alone or on the lane alone is
+        # computed on a vector, once; only load, arithmetic and store run on the whole tile.
+        row = tl.arange(0, SIZE)                                      # (32,)
+        lane = tl.arange(0, LANES)                                    # (128,)
+        column, channel = lane // 3, lane % 3                         # (128,)
+        inside = (lane < SIZE * 3)[None, :]                           # (1, 128)
+
+        y = tl.abs(row + top - PAD)                                   # reflect, as above
+        y = tl.minimum(y, 2 * (SIZE - 1) - y)                         # (32,)
+        x = tl.abs(tl.where(flip == 1, SIZE - 1 - column, column) + left - PAD)
+        x = tl.minimum(x, 2 * (SIZE - 1) - x)                         # (128,)
+        source = images + index * (SIZE * SIZE * 3)
+        offset = (y * SIZE * 3)[:, None] + (x * 3 + channel)[None, :]     # (32, 128)
+        pixel = tl.load(source + offset, mask=inside, other=0).to(tl.float32)
+
+        value = (pixel - tl.load(mean + channel)[None, :]) * tl.load(inverse_std + channel)[None, :]
+        cut_row, cut_column = row - cut_y + CUT // 2, column - cut_x + CUT // 2
+        cut = ((cut_row >= 0) & (cut_row < CUT))[:, None] \
+            & ((cut_column >= 0) & (cut_column < CUT))[None, :]       # (32, 128)
+        value = tl.where(cut, 0.0, value)
+
+        # Neighbouring lanes write neighbouring addresses: the image leaves in one contiguous run.
+        target = out + image * (SIZE * SIZE * 3)
+        target += (row * SIZE * 3)[:, None] + lane[None, :]
+        tl.store(target, value.to(out.dtype.element_ty), mask=inside)
+
+
+def fused_augment(images, draws, mean, inverse_std, dtype):
+    """`augment` in one launch: the same arguments, the same bits."""
+    out = torch.empty((len(draws), SIZE, SIZE, CHANNELS), dtype=dtype, device=images.device)
+    augment_kernel[(len(draws),)](images, draws, mean, inverse_std, out,
+                                  SIZE=SIZE, PAD=PAD, CUT=CUT, LANES=128)
+    return out.permute(0, 3, 1, 2)
+
+
+def pick_augment(device):
+    """fused_augment where Triton runs, else augment; on CUDA it says once why not."""
+    if device.type != "cuda":
+        return augment
+    try:
+        if triton is None:
+            raise RuntimeError("Triton is missing or broken")
+        images = torch.zeros((1, SIZE, SIZE, CHANNELS), dtype=torch.uint8, device=device)
+        ones = torch.ones(CHANNELS, device=device)
+        fused_augment(images, plain_draws(1).to(device), ones, ones, torch.float32)
+        return fused_augment
+    except Exception as error:    # Triton's errors have no common class
+        reason = str(error).strip().split("\n")[0]
+        print(f"note: plain torch augments instead of the fused kernel ({reason})", file=sys.stderr)
+        return augment
+
+
+class Loader:
+    """One split of a set on the device: `epoch` for training batches, `plain` for evaluation."""
+
+    def __init__(self, images, labels, mean, inverse_std, batch_size, dtype, device):
+        self.images, self.labels = images.to(device).contiguous(), labels.to(device)
+        self.mean, self.inverse_std = mean.to(device), inverse_std.to(device)
+        self.batch_size, self.dtype = batch_size, dtype
+        self.augment = pick_augment(self.images.device)
+
+    def __len__(self):
+        """Training batches an epoch; the images that do not fill one sit this epoch out."""
+        return len(self.images) // self.batch_size
+
+    def epoch(self, seed, epoch):
+        """Yield (inputs (B, 3, 32, 32), labels (B,)): each image once, in the epoch's own order."""
+        draws = draw_epoch(len(self.images), seed, epoch)[:len(self) * self.batch_size]
+        return self.batches(draws)
+
+    def endless(self, seed):
+        """Epoch after epoch of training batches, for the range test."""
+        return itertools.chain.from_iterable(self.epoch(seed, e) for e in itertools.count())
+
+    def plain(self):
+        """Yield every image once, as it is; the last batch may be short."""
+        return self.batches(plain_draws(len(self.images)))
+
+    def batches(self, draws):
+        for part in draws.to(self.images.device).split(self.batch_size):
+            inputs = self.augment(self.images, part, self.mean, self.inverse_std, self.dtype)
+            yield inputs, self.labels[part[:, 0].long()]
+
+
+# ------------------------------------------------------------------------------- where data come from
+
+class Dataset(NamedTuple):
+    """Images (N, 32, 32, 3) uint8, labels (N,) int64; `real` is False for the generated set."""
+    name: str
+    classes: list             # their names
+    train_images: torch.Tensor
+    train_labels: torch.Tensor
+    test_images: torch.Tensor
+    test_labels: torch.Tensor
+    real: bool = True
+
+
+def load(source, data_dir="data"):
+    """The data set that --data names: auto, cifar10, synthetic or the path of an .npz."""
+    if source == "synthetic":
+        return synthetic()
+    if source == "cifar10":
+        return load_cifar10(data_dir)
+    if source != "auto":
+        return load_npz(source)
+    try:
+        return load_cifar10(data_dir)
+    except UserError as error:
+        if Path(data_dir, torchvision.datasets.CIFAR10.base_folder).exists():
+            raise                      # there are files: somebody means them, so they must be right
+        print(f"{error}\nTHIS IS NOT CIFAR-10: going on with generated pictures.", file=sys.stderr)
+        return synthetic()
+
+
+def load_cifar10(data_dir):
+    """CIFAR-10 from data_dir, downloaded (170 MB) where missing; torchvision checks the MD5 sums."""
+    timeout = socket.getdefaulttimeout()
+    socket.setdefaulttimeout(20)       # seconds without a byte; torchvision itself waits for ever
+    try:
+        train, test = (torchvision.datasets.CIFAR10(data_dir, train=train, download=True)
+                       for train in (True, False))
+    except Exception as error:         # OSError, RuntimeError, pickle's, tarfile's ...
+        reason = str(error).strip().split("\n")[0]
+        raise UserError(
+            f"CIFAR-10 cannot be read from '{data_dir}' nor downloaded ({reason}): put an intact "
+            f"cifar-10-python.tar.gz there, or name an .npz with --data") from error
+    finally:
+        socket.setdefaulttimeout(timeout)
+    return Dataset("CIFAR-10", train.classes,
+                   torch.from_numpy(train.data), torch.tensor(train.targets),
+                   torch.from_numpy(test.data), torch.tensor(test.targets))
+
+
+def load_npz(path):
+    """train_images, train_labels, test_images, test_labels from an .npz, checked one by one."""
+    check_zip(path)
+    arrays = []
+    for split in ("train", "test"):
+        try:
+            with np.load(path, allow_pickle=False) as archive:
+                images, labels = archive[f"{split}_images"], archive[f"{split}_labels"]
+        except Exception as error:     # KeyError, ValueError (pickled objects), MemoryError ...
+            raise UserError(f"{path}: cannot read {split}_images and {split}_labels "
+                            f"({str(error).splitlines()[0]})") from error
+        if images.dtype != np.uint8 or images.shape[1:] != (SIZE, SIZE, CHANNELS) or not len(images):
+            raise UserError(f"{path}: {split}_images must be uint8 of shape (N, 32, 32, 3), "
+                            f"not {images.dtype} {images.shape}")
+        if labels.dtype.kind not in "iu" or labels.shape != images.shape[:1]:
+            raise UserError(f"{path}: {split}_labels must be {len(images)} integers, "
+                            f"not {labels.dtype} {labels.shape}")
+        arrays += [torch.from_numpy(images), torch.from_numpy(labels.astype(np.int64))]
+    classes = len(arrays[1].unique())
+    for labels in (arrays[1], arrays[3]):
+        if labels.min() < 0 or labels.max() >= classes:
+            raise UserError(f"{path}: the training labels are {classes} different numbers, so all "
+                            f"labels must lie in 0 .. {classes - 1}, not {labels.min()} .. "
+                            f"{labels.max()}")
+    return Dataset(Path(path).name, [str(c) for c in range(classes)], *arrays)
+
+
+def synthetic(train=2560, test=1000):
+    """Ten classes of drawn shapes and textures: something to train on where no CIFAR-10 is at hand.
+
+    Place, size and both colours are random, so that no pixel by itself says anything: a linear
+    classifier stays near chance, and it takes convolutions to do well. All survive a flip.
+    """
+    random = np.random.default_rng(0)
+    count = train + test
+    labels = np.arange(count) % 10
+    radius = random.uniform(7, 12, (count, 1, 1))
+    ahead = np.arange(SIZE)
+    y = ahead[:, None] - random.uniform(11, 21, (count, 1, 1))         # (count, 32, 1)
+    x = ahead[None, :] - random.uniform(11, 21, (count, 1, 1))         # (count, 1, 32)
+    round_, square = np.hypot(x, y) / radius, np.maximum(abs(x), abs(y)) / radius
+    stripe_y, stripe_x = (y // 3) % 2 == 0, (x // 3) % 2 == 0
+    shapes = np.stack(np.broadcast_arrays(
+        round_ < 1,                                                    # disc
+        (round_ < 1) & (round_ > 0.65),                                # ring
+        square < 0.9,                                                  # square
+        (square < 0.9) & (square > 0.6),                               # frame
+        (square < 1) & (2 * abs(x) < y + radius),                      # triangle
+        (square < 1) & (np.minimum(abs(x), abs(y)) < 2.5),             # plus
+        (square < 1) & (abs(abs(x) - abs(y)) < 3),                     # cross
+        (square < 1) & stripe_y,                                       # horizontal stripes
+        (square < 1) & stripe_x,                                       # vertical stripes
+        (square < 1) & (stripe_y ^ stripe_x)))                         # chessboard
+    shape = shapes[labels, np.arange(count)][..., None]                # (count, 32, 32, 1)
+    ground = random.uniform(0, 255, (count, 1, 1, CHANNELS))
+    colour = (ground + random.uniform(80, 175, ground.shape)) % 255    # never close to the ground
+    noise = random.normal(0, 12, (count, SIZE, SIZE, CHANNELS))
+    images = (np.where(shape, colour, ground) + noise).clip(0, 255).astype(np.uint8)
+    images, labels = torch.from_numpy(images), torch.from_numpy(labels)
+    names = ["disc", "ring", "square", "frame", "triangle", "plus", "cross", "horizontal stripes",
+             "vertical stripes", "chessboard"]
+    return Dataset("generated pictures", names, images[:train], labels[:train],
+                   images[train:], labels[train:], real=False)
+
+
+def fingerprint(data):
+    """SHA-256 of a data set's images and labels, as text."""
+    digest = hashlib.sha256()
+    for tensor in data[2:6]:
+        digest.update(tensor.numpy())
+    return digest.hexdigest()
+
+
+def normalisation(images):
+    """Each channel's mean and 1 / standard deviation over (N, 32, 32, 3) uint8: two (3,) float32.
+
+    From a histogram of the 256 byte values, which is exact, small, and the same on every machine.
+    """
+    flat = images.view(-1, CHANNELS)
+    counts = torch.stack([torch.bincount(flat[:, c], minlength=256) for c in range(CHANNELS)])
+    share = counts.double() / len(flat)                                # (3, 256)
+    values = torch.arange(256, dtype=torch.float64)
+    mean = share @ values
+    deviation = (share @ values.square() - mean.square()).clamp(min=1).sqrt()
+    return mean.float(), (1 / deviation).float()

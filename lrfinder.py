@@ -1,0 +1,262 @@
+"""The LR range test: find the largest learning rate that still trains, before training.
+
+Train for a few dozen batches while the learning rate grows from far too small to far too large,
+and look at the loss (Smith, arXiv 1506.01186, section 3.3):
+
+    loss ------.                            onset   the loss first falls for good
+                \\            .'             LRMAX   the end of the descent: the lowest point before
+                 \\    /\\   .'                       the first marked rise
+                  `--'  `-'                 stop    everything gained is lost again, or divergence
+             onset  LRMAX    stop
+
+    sweep    lr_k = lr_start * (lr_end / lr_start) ^ (k / (steps - 1)),    k = 0 .. steps - 1
+    LRMAX    the lr of the smoothed curve's first minimum after which the loss rises by at least
+             RISE = 15 % of the whole fall
+    LRMIN    LRMAX / 10, for a cycle without annihilation (Smith, arXiv 1803.09820, section 4.1,
+             where the range given is a tenth to a twentieth)
+
+The module stands alone: it needs torch, and matplotlib to draw. Copy it.
+
+    python lrfinder.py        draws lr_range.png and prints LRMIN and LRMAX (-h lists the options)
+"""
+import contextlib
+import copy
+import math
+import random
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+STEPS, LR_START, LR_END = 100, 0.005, 10.0
+AVERAGE = 0.8             # of the running loss that decides when to stop: about the last 5 batches
+WIDTH = 0.05              # of the smoothing window, as a share of the sweep, to either side
+RISE = 0.15               # of the whole fall: less is noise
+FALL = 0.10               # of the starting loss: a curve that falls less shows nothing
+FEWEST = 10               # points: on fewer nothing can be told from noise
+
+
+class NotFound(ValueError):
+    """The curve does not show the answer; the text is one line that says why and what to try."""
+
+
+class Curve(NamedTuple):
+    """What a range test measured: the raw loss at each learning rate, equally long lists."""
+    lrs: list
+    losses: list
+
+
+class Suggestion(NamedTuple):
+    lr_min: float
+    lr_max: float
+    onset: float
+
+
+# ------------------------------------------------------------------------------------ measuring
+
+@contextlib.contextmanager
+def everything_restored(model, optimizer, scaler=None):
+    """Put back, bit for bit and after an exception too, all that training changes.
+
+    Weights, buffers, gradients, train/eval flags, optimizer and scaler state, random states.
+    """
+    devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
+    modes = {module: module.training for module in model.modules()}
+    gradients = [p.grad for p in model.parameters()]
+    saved = copy.deepcopy((model.state_dict(), optimizer.state_dict(),
+                           scaler.state_dict() if scaler else None))
+    python_state, numpy_state = random.getstate(), np.random.get_state()
+    with torch.random.fork_rng(devices):                  # the CPU's and the GPU's generator
+        try:
+            for p in model.parameters():
+                p.grad = None                             # not to be zeroed or added to: put aside
+            yield
+        finally:
+            model.load_state_dict(saved[0])
+            optimizer.load_state_dict(saved[1])
+            if scaler:
+                scaler.load_state_dict(saved[2])
+            for module, mode in modes.items():
+                module.training = mode
+            for p, gradient in zip(model.parameters(), gradients):
+                p.grad = gradient
+            random.setstate(python_state)
+            np.random.set_state(numpy_state)
+
+
+def range_test(model, optimizer, loss, batches, *, lr_start=LR_START, lr_end=LR_END, steps=STEPS,
+               shape="exponential", autocast=contextlib.nullcontext, scaler=None):
+    """Train on `batches` with a growing learning rate and return the Curve.
+
+    model, optimizer, loss: any nn.Module, its optimizer, and loss(outputs, labels) -> scalar; make
+    them, and the iterable of (inputs, labels), exactly as for the training run. autocast and scaler
+    (a GradScaler) are for mixed precision. shape is "exponential" or "linear".
+
+    Point k of the curve is the loss of batch k *before* the step with lr_k, so it shows what the
+    rates up to lr_(k-1) did; at 100 steps that is a shift of one percent. The sweep ends before
+    `steps` when the loss diverges or the batches run out; a loss that is not finite ends it at once
+    and is not part of the curve. All is restored afterwards.
+    """
+    if not (0 < lr_start < lr_end and steps > 1):
+        raise ValueError("a sweep needs 0 < lr_start < lr_end and at least 2 steps")
+    curve, average, lowest = Curve([], []), 0.0, math.inf
+    with everything_restored(model, optimizer, scaler):
+        model.train()
+        for k, (inputs, labels) in zip(range(steps), batches):
+            part = k / (steps - 1)
+            lr = (lr_start * (lr_end / lr_start) ** part if shape == "exponential"
+                  else lr_start + (lr_end - lr_start) * part)
+            for group in optimizer.param_groups:
+                group["lr"] = lr
+            with autocast():
+                value = loss(model(inputs), labels)
+            raw = value.item()
+            if not math.isfinite(raw):
+                break
+            curve.lrs.append(lr)
+            curve.losses.append(raw)
+            # A running average starts at 0; dividing by 1 - a^(k+1) takes that out (as in Adam).
+            average = AVERAGE * average + (1 - AVERAGE) * raw
+            running = average / (1 - AVERAGE ** (k + 1))
+            lowest = min(lowest, running)
+            if enough(running, lowest, curve.losses):
+                break
+            optimizer.zero_grad()
+            if scaler:
+                scaler.scale(value).backward()
+                scaler.step(optimizer)
+                scaler.update()
+            else:
+                value.backward()
+                optimizer.step()
+    return curve
+
+
+def enough(running, lowest, losses):
+    """Is there nothing more to learn from this sweep?
+
+    'n times the lowest loss' (n = 4 or 5), the usual rule, fails twice: with batch normalisation the
+    loss stays bounded, as the weights' scale does not matter, and never gets there; and where the
+    lowest loss is next to nothing, noise gets there. So: half of all that was gained is lost again;
+    or nothing was gained, and the loss is 4 times what it was at the start.
+    """
+    if len(losses) < FEWEST:
+        return False
+    first = sum(losses[:5]) / 5
+    gained = first - lowest
+    if gained > FALL * first:
+        return running > lowest + gained / 2
+    return running > 4 * first
+
+
+# -------------------------------------------------------------------------------------- reading
+
+def smooth(losses):
+    """Average each loss with its neighbours, near ones more, as many on one side as on the other.
+
+    Being central it moves no minimum along the axis, as a running average would. The weights are
+    a Hann window's, cos^2; at the ends the window shrinks, evenly on both sides.
+    """
+    half = max(1, round(WIDTH * len(losses)))
+    smoothed = []
+    for k in range(len(losses)):
+        reach = min(half, k, len(losses) - 1 - k)
+        weights = [math.cos(math.pi / 2 * j / (reach + 1)) ** 2 for j in range(-reach, reach + 1)]
+        window = losses[k - reach:k + reach + 1]
+        smoothed.append(sum(w * v for w, v in zip(weights, window)) / sum(weights))
+    return smoothed
+
+
+def suggest(curve):
+    """LRMIN, LRMAX and the onset that a Curve shows, or NotFound with what to try."""
+    lrs, losses = curve
+    if len(losses) < FEWEST:
+        raise NotFound(f"the sweep has {len(losses)} points, {FEWEST} are needed: start it at a "
+                       f"lower learning rate or use more steps")
+    smoothed = smooth(losses)
+    start = smoothed[0]
+    lowest = min(smoothed)
+    fall = start - lowest
+    if fall < FALL * abs(start):
+        raise NotFound("the loss never falls: start the sweep lower, or check model and data")
+    # LRMAX: walk along the curve and keep the lowest point so far, until the loss stands higher
+    # than that by RISE of the whole fall. The points before the descent, where the lowest is not
+    # yet clear of the start, do not count: an early spike is no end.
+    best = 0
+    for k, value in enumerate(smoothed):
+        if value < smoothed[best]:
+            best = k
+        elif start - smoothed[best] > fall / 2 and value - smoothed[best] > RISE * fall:
+            break
+    else:
+        raise NotFound("the loss falls to the end of the sweep: raise its highest learning rate")
+    # The onset: the last point before the minimum that is not yet 10 % down.
+    onset = max(k for k in range(best) if smoothed[k] > start - 0.1 * fall)
+    return Suggestion(lrs[best] / 10, lrs[best], lrs[onset])
+
+
+def plot(curve, ax, suggestion=None):
+    """Draw the raw curve faint, the smoothed one bold and the suggestion, on a log axis."""
+    ax.plot(curve.lrs, curve.losses, color="tab:blue", alpha=0.35, linewidth=1, label="raw loss")
+    ax.plot(curve.lrs, smooth(curve.losses), color="tab:blue", linewidth=2.5, label="smoothed")
+    ax.set(xscale="log", xlabel="learning rate", ylabel="training loss")
+    if suggestion:
+        ax.axvspan(suggestion.lr_min, suggestion.lr_max, color="tab:green", alpha=0.12,
+                   label="range of the cycle")
+        for lr, name, colour in ((suggestion.lr_min, "LRMIN", "tab:green"),
+                                 (suggestion.lr_max, "LRMAX", "tab:red"),
+                                 (suggestion.onset, "onset", "tab:grey")):
+            ax.axvline(lr, color=colour, linewidth=1.5, linestyle="--" if name == "onset" else "-")
+            ax.annotate(f"{name} {lr:.3g}", (lr, 1), (3, -4), xycoords=("data", "axes fraction"),
+                        textcoords="offset points", rotation=90, va="top", color=colour)
+    ax.legend(loc="lower left", frameon=False)
+
+
+def report(curve, path):
+    """Draw the curve into the file `path`; return (Suggestion or None, one line of words)."""
+    import matplotlib
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    try:
+        suggestion = suggest(curve)
+        words = (f"LRMIN {suggestion.lr_min:.3g} LRMAX {suggestion.lr_max:.3g} "
+                 f"onset {suggestion.onset:.3g}")
+        if suggestion.lr_min < suggestion.onset:
+            words += " (LRMIN is below the onset: the first steps will do little)"
+    except NotFound as problem:
+        suggestion, words = None, f"not found: {problem}"
+    figure, ax = plt.subplots(figsize=(7, 4), layout="constrained")
+    plot(curve, ax, suggestion)
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+    return suggestion, words
+
+
+def main():
+    import argparse
+
+    from data import Loader, load, normalisation
+    from model import (UserError, autocast, make_loss, make_model, make_optimizer, make_scaler,
+                       pick_device, precision)
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--data", default="auto", help="as for train.py (auto)")
+    parser.add_argument("--data-dir", default="data", help="as for train.py (data)")
+    parser.add_argument("--steps", type=int, default=STEPS, help=f"batches of 512 ({STEPS})")
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args()
+    device, data = pick_device(), load(args.data, args.data_dir)
+    model = make_model(device, args.seed, len(data.classes))
+    loader = Loader(data.train_images, data.train_labels, *normalisation(data.train_images), 512,
+                    precision(device), device)
+    curve = range_test(model, make_optimizer(model, LR_START), make_loss(),
+                       loader.endless(args.seed), steps=args.steps,
+                       autocast=lambda: autocast(device), scaler=make_scaler(device))
+    suggestion, words = report(curve, "lr_range.png")
+    print(words)
+    if suggestion is None:
+        raise UserError("no learning rate found; see lr_range.png")
+
+
+if __name__ == "__main__":
+    from model import run
+    run(main)

@@ -1,0 +1,225 @@
+"""The network, and the recipe that trains it.
+
+A residual network of eight convolutions, small enough to train in seconds on one GPU:
+
+    stage   layers                                             output (C x H x W)
+    prep    conv 3x3, BN, ReLU                                  64 x 32 x 32
+    layer1  conv 3x3, max pool 2, BN, ReLU = X;  X + R(X)      128 x 16 x 16
+    layer2  conv 3x3, max pool 2, BN, ReLU                     256 x  8 x  8
+    layer3  conv 3x3, max pool 2, BN, ReLU = X;  X + R(X)      512 x  4 x  4
+    pool    max pool, kernel 4, stride 2                       512 x  1 x  1
+    fc      fully connected, softmax                            10
+
+with R = conv 3x3, BN, ReLU, conv 3x3, BN, ReLU. Each of layer1 to layer3 halves the picture and
+doubles the channels, so that their convolutions cost the same: a quarter of the pixels, four times
+the weights. Pooling stands *before* batch normalisation, which then has a quarter of the pixels to
+read. The shape is David Page's ResNet-9 ("How to Train Your ResNet", 2018).
+
+    python model.py        prints the table with parameters and multiply-accumulates
+"""
+import os
+import sys
+import zipfile
+from pathlib import Path
+
+import torch
+from torch import nn
+
+# The recipe. train.py trains with it, and lrfinder.py measures with it: an LR range test is worth
+# nothing unless it runs what the training will run.
+MOMENTUM = 0.9            # Nesterov; with weight decay 5e-4 this is Page's setting
+WEIGHT_DECAY = 5e-4
+LABEL_SMOOTHING = 0.1     # the target is 0.9 on the class and 0.1 spread over all (Szegedy 2016)
+LOGIT_SCALE = 0.125       # see CustomResNet.forward
+
+
+def conv_bn_relu(channels_in, channels_out, pool=False):
+    """conv 3x3 -> (max pool 2) -> BN -> ReLU: (B, channels_in, H, W) to (B, channels_out, H', W').
+
+    The convolution has no bias: batch normalisation subtracts the mean, and any bias with it.
+    """
+    return nn.Sequential(
+        nn.Conv2d(channels_in, channels_out, kernel_size=3, stride=1, padding=1, bias=False),
+        *([nn.MaxPool2d(2)] if pool else []),
+        nn.BatchNorm2d(channels_out),
+        nn.ReLU(inplace=True),
+    )
+
+
+class ResBlock(nn.Module):
+    """x + R(x) with R two conv-BN-ReLU; the shape (B, channels, H, W) stays."""
+
+    def __init__(self, channels):
+        super().__init__()
+        self.residual = nn.Sequential(conv_bn_relu(channels, channels),
+                                      conv_bn_relu(channels, channels))
+
+    def forward(self, x):
+        return x + self.residual(x)
+
+
+class CustomResNet(nn.Module):
+    """Images (B, 3, 32, 32), normalised, float, to log-probabilities (B, classes), float32."""
+
+    def __init__(self, classes=10):
+        super().__init__()
+        self.prep = conv_bn_relu(3, 64)
+        self.layer1 = nn.Sequential(conv_bn_relu(64, 128, pool=True), ResBlock(128))
+        self.layer2 = conv_bn_relu(128, 256, pool=True)
+        self.layer3 = nn.Sequential(conv_bn_relu(256, 512, pool=True), ResBlock(512))
+        self.pool = nn.MaxPool2d(kernel_size=4, stride=2)
+        self.fc = nn.Linear(512, classes)
+
+    def forward(self, x):
+        # B images, C classes
+        x = self.prep(x)                     # (B,  64, 32, 32)
+        x = self.layer1(x)                   # (B, 128, 16, 16)
+        x = self.layer2(x)                   # (B, 256,  8,  8)
+        x = self.layer3(x)                   # (B, 512,  4,  4)
+        x = self.pool(x).flatten(1)          # (B, 512)
+        # A maximum over 512 ReLU channels makes logits large from the start, and a softmax of
+        # large logits is sure of itself before it knows anything. A constant factor (Page uses
+        # the same 1/8) keeps it soft; it is no parameter and is folded into nothing.
+        logits = self.fc(x).float() * LOGIT_SCALE                                  # (B, C)
+        # The softmax of the specification, as its logarithm: .exp() gives probabilities, and
+        # cross-entropy, which takes a log-softmax itself, is the same on these as on logits,
+        # because log_softmax(log_softmax(z)) = log_softmax(z).
+        return logits.log_softmax(dim=1)                                           # (B, C)
+
+
+def pick_device():
+    """A CUDA GPU, else Apple's GPU, else the CPU."""
+    if torch.cuda.is_available():
+        return torch.device("cuda")
+    return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+
+
+def precision(device):
+    """The dtype of the arithmetic: the fastest that the hardware has natively.
+
+    Emulated bf16 is a trap: it runs, and on a CPU without AVX512-BF16 or AMX a training step
+    takes many times as long as in float32.
+    """
+    if device.type == "cuda":
+        native = torch.cuda.is_bf16_supported(including_emulation=False)
+        return torch.bfloat16 if native else torch.float16
+    if device.type == "cpu" and torch.cpu._is_avx512_bf16_supported():
+        return torch.bfloat16
+    return torch.float32
+
+
+def autocast(device):
+    """The context of a forward pass: convolutions in precision(device), weights in float32."""
+    dtype = precision(device)
+    return torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32)
+
+
+def make_model(device, seed=0, classes=10):
+    """A fresh CustomResNet, the same for the same seed on every device, channels_last."""
+    torch.manual_seed(seed)
+    # channels_last (NHWC in memory) is what tensor cores and oneDNN's convolutions read fastest.
+    return CustomResNet(classes).to(device, memory_format=torch.channels_last)
+
+
+def make_loss():
+    return nn.CrossEntropyLoss(label_smoothing=LABEL_SMOOTHING)
+
+
+def make_optimizer(model, lr):
+    """SGD with Nesterov momentum; on CUDA one fused kernel instead of several for each tensor."""
+    fused = next(model.parameters()).is_cuda
+    return torch.optim.SGD(model.parameters(), lr=lr, momentum=MOMENTUM, nesterov=True,
+                           weight_decay=WEIGHT_DECAY, fused=fused)
+
+
+def make_scaler(device):
+    """Scales the loss so that fp16 gradients do not underflow; passes everything through else."""
+    return torch.amp.GradScaler(device.type, enabled=precision(device) == torch.float16)
+
+
+# --------------------------------------------------------------------- files, and what goes wrong
+
+class UserError(Exception):
+    """Something that the user can put right; its text is one line that says how."""
+
+
+def run(main):
+    """Call main; of a UserError show the line on stderr, without traceback, and exit with 2."""
+    try:
+        main()
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+def check_zip(path):
+    """Raise UserError unless path is a zip (.npz, torch.save) with every checksum right.
+
+    Neither np.load nor torch.load looks at all of them: both take a flipped bit in silence.
+    """
+    try:
+        with zipfile.ZipFile(path) as archive:
+            if damaged := archive.testzip():
+                raise zipfile.BadZipFile(f"wrong checksum in {damaged}")
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror or error}") from error
+    except Exception as error:         # zipfile meets a damaged header with a dozen exceptions
+        raise UserError(f"{path} is damaged or not the right kind of file ({error}): "
+                        f"make or copy it again") from error
+
+
+def save(path, content):
+    """Write a file aside, then rename it: whatever happens, path is whole, the old or the new."""
+    aside = path.with_suffix(".partial")
+    try:
+        with open(aside, "wb") as file:
+            torch.save(content, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(aside, path)
+    except (OSError, RuntimeError) as error:
+        aside.unlink(missing_ok=True)
+        raise UserError(f"cannot write {path} ({error}): make room there or choose another --out; "
+                        f"what was saved before is whole") from error
+
+
+def restore(path):
+    """What `save` wrote, on the CPU, each checksum looked at and no pickled code run."""
+    check_zip(path)
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:         # whatever a zip that holds something else can raise
+        raise UserError(f"{path} is no checkpoint of this program") from error
+
+
+# -------------------------------------------------------------------------------------- the table
+
+def main():
+    model = CustomResNet()
+    rows = []
+
+    def count(module, inputs, output):
+        # A multiply-accumulate for each weight, at each place where the weight is used:
+        # a convolution's weights at every output pixel, a linear layer's once.
+        positions = output[0, 0].numel() if output.dim() == 4 else 1
+        rows[-1][1] += module.weight.numel() * positions
+
+    for module in model.modules():
+        if isinstance(module, (nn.Conv2d, nn.Linear)):
+            module.register_forward_hook(count)
+    x = torch.zeros(2, 3, 32, 32)
+    for name, stage in model.named_children():
+        rows.append([name, 0])
+        x = stage(x.flatten(1) if name == "fc" else x)
+        shape = " x ".join(map(str, x.shape[1:]))
+        parameters = sum(p.numel() for p in stage.parameters())
+        rows[-1] = [name, rows[-1][1], shape, parameters]
+
+    print(f"{'stage':8}{'output':>14}{'parameters':>14}{'MACs':>14}")
+    for name, macs, shape, parameters in rows:
+        print(f"{name:8}{shape:>14}{parameters:14,}{macs:14,}")
+    print(f"{'all':8}{'':14}{sum(r[3] for r in rows):14,}{sum(r[1] for r in rows):14,}")
+
+
+if __name__ == "__main__":
+    main()
