@@ -20,17 +20,18 @@ writes and reads back every intermediate picture.
 import hashlib
 import itertools
 import socket
-import statistics
 import sys
-import time
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import torch
 import torchvision
+from torch.utils.data import DataLoader
+from torchvision.transforms import v2
 
-from model import UserError, check_zip, run
+from model import UserError, check_zip, first_line, pick_device, precision, run
 
 try:
     import triton
@@ -159,19 +160,16 @@ def fused_augment(images, draws, mean, inverse_std, dtype):
 
 
 def pick_augment(device):
-    """fused_augment where Triton runs, else augment; on CUDA it says once why not."""
+    """fused_augment where Triton runs, else augment; a CUDA device that lacks it is told why."""
     if device.type != "cuda":
         return augment
-    try:
-        if triton is None:
-            raise RuntimeError("Triton is missing or broken")
-        images = torch.zeros((1, SIZE, SIZE, CHANNELS), dtype=torch.uint8, device=device)
+    try:                          # one picture: Triton may be missing, broken, or the GPU too old
         ones = torch.ones(CHANNELS, device=device)
-        fused_augment(images, plain_draws(1).to(device), ones, ones, torch.float32)
+        picture = torch.zeros((1, SIZE, SIZE, CHANNELS), dtype=torch.uint8, device=device)
+        fused_augment(picture, plain_draws(1).to(device), ones, ones, torch.float32)
         return fused_augment
     except Exception as error:    # Triton's errors have no common class
-        reason = str(error).strip().split("\n")[0]
-        print(f"note: plain torch augments instead of the fused kernel ({reason})", file=sys.stderr)
+        print(f"note: plain torch, not the fused kernel ({first_line(error)})", file=sys.stderr)
         return augment
 
 
@@ -224,31 +222,28 @@ def load(source, data_dir="data"):
     """The data set that --data names: auto, cifar10, synthetic or the path of an .npz."""
     if source == "synthetic":
         return synthetic()
-    if source == "cifar10":
-        return load_cifar10(data_dir)
-    if source != "auto":
+    if source not in ("auto", "cifar10"):
         return load_npz(source)
     try:
         return load_cifar10(data_dir)
     except UserError as error:
-        if Path(data_dir, torchvision.datasets.CIFAR10.base_folder).exists():
-            raise                      # there are files: somebody means them, so they must be right
-        print(f"{error}\nTHIS IS NOT CIFAR-10: going on with generated pictures.", file=sys.stderr)
+        # Where there are files, somebody means them: generated pictures would hide the damage.
+        if source == "cifar10" or Path(data_dir, torchvision.datasets.CIFAR10.base_folder).exists():
+            raise
+        print(f"{error}\nTHIS IS NOT CIFAR-10: going on with generated pictures", file=sys.stderr)
         return synthetic()
 
 
 def load_cifar10(data_dir):
     """CIFAR-10 from data_dir, downloaded (170 MB) where missing; torchvision checks the MD5 sums."""
     timeout = socket.getdefaulttimeout()
-    socket.setdefaulttimeout(20)       # seconds without a byte; torchvision itself waits for ever
+    socket.setdefaulttimeout(20)       # seconds without a byte; torchvision would wait for ever
     try:
         train, test = (torchvision.datasets.CIFAR10(data_dir, train=train, download=True)
                        for train in (True, False))
     except Exception as error:         # OSError, RuntimeError, pickle's, tarfile's ...
-        reason = str(error).strip().split("\n")[0]
-        raise UserError(
-            f"CIFAR-10 cannot be read from '{data_dir}' nor downloaded ({reason}): put an intact "
-            f"cifar-10-python.tar.gz there, or name an .npz with --data") from error
+        raise UserError(f"CIFAR-10 cannot be read from '{data_dir}' nor downloaded ({first_line(error)}"
+                        f"): put an intact cifar-10-python.tar.gz there, or see --data") from error
     finally:
         socket.setdefaulttimeout(timeout)
     return Dataset("CIFAR-10", train.classes,
@@ -259,85 +254,140 @@ def load_cifar10(data_dir):
 def load_npz(path):
     """train_images, train_labels, test_images, test_labels from an .npz, checked one by one."""
     check_zip(path)
-    arrays = []
-    for split in ("train", "test"):
-        try:
-            with np.load(path, allow_pickle=False) as archive:
-                images, labels = archive[f"{split}_images"], archive[f"{split}_labels"]
-        except Exception as error:     # KeyError, ValueError (pickled objects), MemoryError ...
-            raise UserError(f"{path}: cannot read {split}_images and {split}_labels "
-                            f"({str(error).splitlines()[0]})") from error
-        if images.dtype != np.uint8 or images.shape[1:] != (SIZE, SIZE, CHANNELS) or not len(images):
-            raise UserError(f"{path}: {split}_images must be uint8 of shape (N, 32, 32, 3), "
-                            f"not {images.dtype} {images.shape}")
+    try:
+        with np.load(path, allow_pickle=False) as archive:
+            arrays = [archive[f"{split}_{what}"] for split in ("train", "test")
+                      for what in ("images", "labels")]
+    except Exception as error:         # a key is missing, or an array holds pickled objects
+        raise UserError(f"{path}: {first_line(error)}; see --data in train.py -h") from error
+    classes = len(np.unique(arrays[1]))
+    for name, images, labels in (("train", *arrays[:2]), ("test", *arrays[2:])):
+        if images.dtype != np.uint8 or images.shape[1:] != (SIZE, SIZE, 3) or not len(images):
+            raise UserError(f"{path}: {name}_images must be uint8 of shape (N, 32, 32, 3), not "
+                            f"{images.dtype} {images.shape}")
         if labels.dtype.kind not in "iu" or labels.shape != images.shape[:1]:
-            raise UserError(f"{path}: {split}_labels must be {len(images)} integers, "
-                            f"not {labels.dtype} {labels.shape}")
-        arrays += [torch.from_numpy(images), torch.from_numpy(labels.astype(np.int64))]
-    classes = len(arrays[1].unique())
-    for labels in (arrays[1], arrays[3]):
+            raise UserError(f"{path}: {name}_labels must be {len(images)} integers, not "
+                            f"{labels.dtype} {labels.shape}")
         if labels.min() < 0 or labels.max() >= classes:
             raise UserError(f"{path}: the training labels are {classes} different numbers, so all "
-                            f"labels must lie in 0 .. {classes - 1}, not {labels.min()} .. "
-                            f"{labels.max()}")
-    return Dataset(Path(path).name, [str(c) for c in range(classes)], *arrays)
+                            f"must be 0 .. {classes - 1}, not {labels.min()} .. {labels.max()}")
+    tensors = [torch.from_numpy(a if a.ndim == 4 else a.astype(np.int64)) for a in arrays]
+    return Dataset(Path(path).name, [str(k) for k in range(classes)], *tensors)
 
 
 def synthetic(train=2560, test=1000):
-    """Ten classes of drawn shapes and textures: something to train on where no CIFAR-10 is at hand.
+    """Ten classes of drawn shapes and textures: something to train on where CIFAR-10 is not at hand.
 
-    Place, size and both colours are random, so that no pixel by itself says anything: a linear
-    classifier stays near chance, and it takes convolutions to do well. All survive a flip.
+    Place, size and both colours are random, so that no pixel says anything by itself: a linear
+    classifier stays far below 50 %, and it takes convolutions to do well. All survive a flip.
     """
     random = np.random.default_rng(0)
     count = train + test
     labels = np.arange(count) % 10
     radius = random.uniform(7, 12, (count, 1, 1))
-    ahead = np.arange(SIZE)
-    y = ahead[:, None] - random.uniform(11, 21, (count, 1, 1))         # (count, 32, 1)
-    x = ahead[None, :] - random.uniform(11, 21, (count, 1, 1))         # (count, 1, 32)
+    y = np.arange(SIZE)[:, None] - random.uniform(11, 21, (count, 1, 1))       # (count, 32, 1)
+    x = np.arange(SIZE)[None, :] - random.uniform(11, 21, (count, 1, 1))       # (count, 1, 32)
     round_, square = np.hypot(x, y) / radius, np.maximum(abs(x), abs(y)) / radius
     stripe_y, stripe_x = (y // 3) % 2 == 0, (x // 3) % 2 == 0
-    shapes = np.stack(np.broadcast_arrays(
-        round_ < 1,                                                    # disc
-        (round_ < 1) & (round_ > 0.65),                                # ring
-        square < 0.9,                                                  # square
-        (square < 0.9) & (square > 0.6),                               # frame
-        (square < 1) & (2 * abs(x) < y + radius),                      # triangle
-        (square < 1) & (np.minimum(abs(x), abs(y)) < 2.5),             # plus
-        (square < 1) & (abs(abs(x) - abs(y)) < 3),                     # cross
-        (square < 1) & stripe_y,                                       # horizontal stripes
-        (square < 1) & stripe_x,                                       # vertical stripes
-        (square < 1) & (stripe_y ^ stripe_x)))                         # chessboard
-    shape = shapes[labels, np.arange(count)][..., None]                # (count, 32, 32, 1)
-    ground = random.uniform(0, 255, (count, 1, 1, CHANNELS))
-    colour = (ground + random.uniform(80, 175, ground.shape)) % 255    # never close to the ground
-    noise = random.normal(0, 12, (count, SIZE, SIZE, CHANNELS))
-    images = (np.where(shape, colour, ground) + noise).clip(0, 255).astype(np.uint8)
-    images, labels = torch.from_numpy(images), torch.from_numpy(labels)
-    names = ["disc", "ring", "square", "frame", "triangle", "plus", "cross", "horizontal stripes",
-             "vertical stripes", "chessboard"]
-    return Dataset("generated pictures", names, images[:train], labels[:train],
+    shapes = {
+        "disc": round_ < 1,
+        "ring": (round_ < 1) & (round_ > 0.65),
+        "square": square < 0.9,
+        "frame": (square < 0.9) & (square > 0.6),
+        "triangle": (square < 1) & (2 * abs(x) < y + radius),
+        "plus": (square < 1) & (np.minimum(abs(x), abs(y)) < 2.5),
+        "cross": (square < 1) & (abs(abs(x) - abs(y)) < 3),
+        "horizontal stripes": (square < 1) & stripe_y,
+        "vertical stripes": (square < 1) & stripe_x,
+        "chessboard": (square < 1) & (stripe_y ^ stripe_x)}
+    shape = np.stack(list(shapes.values()))[labels, np.arange(count), ..., None]
+    ground = random.uniform(0, 255, (count, 1, 1, 3))
+    colour = (ground + random.uniform(80, 175, ground.shape)) % 255      # never close to the ground
+    images = np.where(shape, colour, ground) + random.normal(0, 12, (count, SIZE, SIZE, 3))
+    images, labels = torch.from_numpy(images.clip(0, 255).astype(np.uint8)), torch.from_numpy(labels)
+    return Dataset("generated pictures", list(shapes), images[:train], labels[:train],
                    images[train:], labels[train:], real=False)
 
 
 def fingerprint(data):
     """SHA-256 of a data set's images and labels, as text."""
-    digest = hashlib.sha256()
-    for tensor in data[2:6]:
-        digest.update(tensor.numpy())
-    return digest.hexdigest()
+    return hashlib.sha256(b"".join(t.numpy().tobytes() for t in data[2:6])).hexdigest()
 
 
 def normalisation(images):
-    """Each channel's mean and 1 / standard deviation over (N, 32, 32, 3) uint8: two (3,) float32.
+    """Mean and 1 / standard deviation of each channel of (N, 32, 32, 3) uint8: two (3,) float32."""
+    deviation, mean = torch.std_mean(images.view(-1, 3).float(), dim=0, correction=0)
+    return mean, 1 / deviation.clamp(min=1)
 
-    From a histogram of the 256 byte values, which is exact, small, and the same on every machine.
-    """
-    flat = images.view(-1, CHANNELS)
-    counts = torch.stack([torch.bincount(flat[:, c], minlength=256) for c in range(CHANNELS)])
-    share = counts.double() / len(flat)                                # (3, 256)
-    values = torch.arange(256, dtype=torch.float64)
-    mean = share @ values
-    deviation = (share @ values.square() - mean.square()).clamp(min=1).sqrt()
-    return mean.float(), (1 / deviation).float()
+
+# --------------------------------------------------------------------------- the picture and the race
+
+def draw(data, path):
+    """Five images, a row each: as stored, padded, cropped, flipped, cut out, then at random."""
+    import matplotlib.pyplot as plt
+    titles = "original  padded  cropped  + flipped  + cut out  at random  at random  at random"
+    draws = plain_draws(5).repeat(8, 1, 1)                                     # (8, 5, 6)
+    draws[2:, :, 1:3] = torch.tensor([1, 8])                                   # crop up and right
+    draws[3:, :, 3] = 1
+    draws[4:, :, 4:] = draw_epoch(5, 0, 0)[:, 4:]
+    draws[5:, :, 1:] = torch.stack([draw_epoch(5, 0, k)[:, 1:] for k in (1, 2, 3)])
+    mean, inverse_std = normalisation(data.train_images)
+    values = augment(data.train_images, draws.view(40, 6), mean, inverse_std, torch.float32)
+    pictures = (values.permute(0, 2, 3, 1) / inverse_std + mean).round().byte().numpy()
+    mosaic = np.full((8, 5, 44, 44, 3), 255, dtype=np.uint8)
+    mosaic[:, :, 6:38, 6:38] = pictures.reshape(8, 5, SIZE, SIZE, 3)
+    mosaic[1, :, 2:42, 2:42] = np.pad(pictures[:5], ((0, 0), (PAD, PAD), (PAD, PAD), (0, 0)), "reflect")
+    figure, ax = plt.subplots(figsize=(9, 6), layout="constrained")
+    ax.imshow(mosaic.transpose(1, 2, 0, 3, 4).reshape(5 * 44, 8 * 44, 3))
+    ax.xaxis.tick_top()
+    ax.set(xticks=np.arange(22, 352, 44), xticklabels=titles.split("  "), yticks=[], frame_on=False)
+    figure.savefig(path, dpi=100)
+
+
+def transform_each(transform, pictures):
+    return torch.stack([transform(picture) for picture in pictures])
+
+
+def race(data, device):
+    """Print images a second for every way there is on this machine: medians, side by side."""
+    from torch.utils.benchmark import Timer
+    dtype, (mean, inverse_std) = precision(device), normalisation(data.train_images)
+    images = data.train_images.repeat(50_000 // len(data.train_images) + 1, 1, 1, 1)[:50_000]
+    transform = v2.Compose([
+        v2.RandomCrop(SIZE, PAD, padding_mode="reflect"), v2.RandomHorizontalFlip(),
+        v2.ToDtype(torch.float32), v2.Normalize(mean.tolist(), (1 / inverse_std).tolist()),
+        v2.RandomErasing(p=1, scale=(1 / 16, 1 / 16), ratio=(1, 1))])
+    batches = iter(DataLoader(images.permute(0, 3, 1, 2), 512, shuffle=True, num_workers=2,
+                              collate_fn=partial(transform_each, transform)))
+    images, epoch, *constants = (
+        tensor.to(device) for tensor in (images, draw_epoch(50_000, 0, 0), mean, inverse_std))
+    moved = SIZE * SIZE * 3 * (1 + dtype.itemsize)                # bytes an image, in and out
+    source = torch.empty(50_000 * moved // 2, dtype=torch.uint8, device=device).random_()
+    target = torch.empty_like(source)
+    batch, whole = (images, epoch[:512], *constants, dtype), (images, epoch, *constants, dtype)
+    ways = {"torchvision, 2 workers": (512, lambda: next(batches)),
+            "plain torch": (512, lambda: augment(*batch)),
+            "copy of as many bytes": (50_000, lambda: target.copy_(source))}
+    if pick_augment(device) is fused_augment:
+        compiled = torch.compile(augment)
+        ways |= {"torch.compile of it": (512, lambda: compiled(*batch)),
+                 "Triton kernel": (512, lambda: fused_augment(*batch)),
+                 "Triton kernel, an epoch": (50_000, lambda: fused_augment(*whole))}
+    each = {}                                                     # seconds an image
+    for name, (count, work) in ways.items():
+        timer = Timer("work()", globals={"work": work}, num_threads=torch.get_num_threads())
+        each[name] = timer.blocked_autorange(min_run_time=4).median / count
+    print(f"{f'{device.type}, {dtype}':28}images/s  x torchvision    GB/s  of copy")
+    for name, t in each.items():
+        print(f"{name:24}{1 / t:12,.0f}{each['torchvision, 2 workers'] / t:15.1f}"
+              f"{moved / t / 1e9:8.2f}{each['copy of as many bytes'] / t:9.1%}")
+
+
+def main():
+    data = load("auto")
+    draw(data, "augmented.png")
+    race(data, pick_device())
+
+
+if __name__ == "__main__":
+    run(main)

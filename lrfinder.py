@@ -30,7 +30,7 @@ import torch
 
 STEPS, LR_START, LR_END = 100, 0.005, 10.0
 AVERAGE = 0.8             # of the running loss that decides when to stop: about the last 5 batches
-WIDTH = 0.05              # of the smoothing window, as a share of the sweep, to either side
+WIDTH = 5                 # points to either side in the smoothing window, or a twentieth of all
 RISE = 0.15               # of the whole fall: less is noise
 FALL = 0.10               # of the starting loss: a curve that falls less shows nothing
 FEWEST = 10               # points: on fewer nothing can be told from noise
@@ -157,7 +157,7 @@ def smooth(losses):
     Being central it moves no minimum along the axis, as a running average would. The weights are
     a Hann window's, cos^2; at the ends the window shrinks, evenly on both sides.
     """
-    half = max(1, round(WIDTH * len(losses)))
+    half = max(WIDTH, len(losses) // 20)
     smoothed = []
     for k in range(len(losses)):
         reach = min(half, k, len(losses) - 1 - k)
@@ -174,19 +174,20 @@ def suggest(curve):
         raise NotFound(f"the sweep has {len(losses)} points, {FEWEST} are needed: start it at a "
                        f"lower learning rate or use more steps")
     smoothed = smooth(losses)
-    start = smoothed[0]
-    lowest = min(smoothed)
-    fall = start - lowest
-    if fall < FALL * abs(start):
-        raise NotFound("the loss never falls: start the sweep lower, or check model and data")
+    noise = math.sqrt(sum((a - b) ** 2 for a, b in zip(losses, smoothed)) / len(losses))
+    start = sum(losses[:5]) / 5
+    fall = start - min(smoothed)
+    if fall < max(FALL * abs(start), 3 * noise):
+        raise NotFound("the loss never falls clearly: start the sweep lower, use larger batches or "
+                       "more steps, or check model and data")
     # LRMAX: walk along the curve and keep the lowest point so far, until the loss stands higher
-    # than that by RISE of the whole fall. The points before the descent, where the lowest is not
-    # yet clear of the start, do not count: an early spike is no end.
+    # than that by RISE of the whole fall, and by more than the noise. Before half of the fall is
+    # done no rise counts: an early spike is no end.
     best = 0
     for k, value in enumerate(smoothed):
         if value < smoothed[best]:
             best = k
-        elif start - smoothed[best] > fall / 2 and value - smoothed[best] > RISE * fall:
+        elif start - smoothed[best] > fall / 2 and value - smoothed[best] > max(RISE * fall, noise):
             break
     else:
         raise NotFound("the loss falls to the end of the sweep: raise its highest learning rate")

@@ -143,6 +143,11 @@ class UserError(Exception):
     """Something that the user can put right; its text is one line that says how."""
 
 
+def first_line(error):
+    """What an exception says, without the lines that follow."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
 def run(main):
     """Call main; of a UserError show the line on stderr, without traceback, and exit with 2."""
     try:

@@ -1,0 +1,589 @@
+"""What the project claims, each claim compared with something that it did not write itself.
+
+    pytest test_all.py
+
+Oracles: torch's OneCycleLR and AveragedModel, torchvision's transforms, closed forms, and the same
+computation written a second time. GPU tests skip where there is no GPU; there the Triton kernel runs
+through Triton's interpreter, and is compiled for four generations of GPUs, which needs none.
+"""
+import copy
+import math
+import os
+import pickle
+import random
+import signal
+import subprocess
+import sys
+import tarfile
+import zipfile
+from hashlib import md5
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+import torchvision
+import torchvision.transforms.v2.functional as T
+from torch import nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+import data
+import lrfinder
+import model
+import onecycle
+import train
+
+HERE = Path(__file__).parent
+CPU = torch.device("cpu")
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+needs_triton = pytest.mark.skipif(data.triton is None, reason="needs Triton, which is for Linux")
+
+
+def python(code, *arguments, **environment):
+    """Run code in a fresh interpreter that can import the project; return the finished process."""
+    return subprocess.run([sys.executable, "-c", code, *map(str, arguments)], cwd=HERE, text=True,
+                          capture_output=True, env={**os.environ, **environment})
+
+
+# ----------------------------------------------------------------------------------------- model
+
+def test_network_has_the_parameters_and_shapes_of_the_specification():
+    net, x = model.CustomResNet(), torch.zeros(2, 3, 32, 32)
+    assert sum(p.numel() for p in net.parameters()) == 6_573_130
+    assert not any(m.bias is not None for m in net.modules() if isinstance(m, nn.Conv2d))
+    shapes = {}
+    for name in ("prep", "layer1", "layer2", "layer3", "pool"):
+        x = getattr(net, name)(x)
+        shapes[name] = tuple(x.shape[1:])
+    assert shapes == {"prep": (64, 32, 32), "layer1": (128, 16, 16), "layer2": (256, 8, 8),
+                      "layer3": (512, 4, 4), "pool": (512, 1, 1)}
+
+
+def test_network_computes_the_specification_written_a_second_time():
+    net = model.make_model(CPU, seed=1).eval()
+    for parameter in net.parameters():                  # BatchNorm's start, 1 and 0, hides mistakes
+        parameter.data += 0.1 * torch.rand_like(parameter)
+    w = net.state_dict()
+    x = torch.randn(3, 3, 32, 32)
+
+    def block(x, name, pool=False):
+        bn = f"{name}.{2 if pool else 1}"
+        x = F.conv2d(x, w[f"{name}.0.weight"], padding=1)
+        x = F.max_pool2d(x, 2) if pool else x
+        return F.batch_norm(x, w[f"{bn}.running_mean"], w[f"{bn}.running_var"],
+                            w[f"{bn}.weight"], w[f"{bn}.bias"]).relu()
+
+    def residual(x, name):
+        return x + block(block(x, f"{name}.1.residual.0"), f"{name}.1.residual.1")
+
+    y = block(x, "prep")
+    y = residual(block(y, "layer1.0", pool=True), "layer1")
+    y = block(y, "layer2", pool=True)
+    y = residual(block(y, "layer3.0", pool=True), "layer3")
+    y = F.max_pool2d(y, 4, 2).flatten(1) @ w["fc.weight"].T + w["fc.bias"]
+    torch.testing.assert_close(net(x).exp(), (y * model.LOGIT_SCALE).softmax(1))
+
+
+def test_cross_entropy_of_log_probabilities_is_that_of_logits():
+    logits, labels = torch.randn(8, 10), torch.arange(8)
+    torch.testing.assert_close(model.make_loss()(logits.log_softmax(1), labels),
+                               F.cross_entropy(logits, labels, label_smoothing=0.1))
+
+
+def test_table_of_layers_counts_379_million_multiply_accumulates(capsys):
+    model.main()
+    # 3x3 weights x channels in x channels out x output pixels of each convolution, and the head
+    macs = sum(9 * i * o * size**2 for i, o, size in (
+        (3, 64, 32), (64, 128, 32), (128, 128, 16), (128, 128, 16), (128, 256, 16), (256, 512, 8),
+        (512, 512, 4), (512, 512, 4))) + 512 * 10
+    assert f"{macs:,}" == "379,261,952" and "379,261,952" in capsys.readouterr().out
+
+
+def test_same_seed_same_weights_other_seed_other_weights():
+    a, b, c = (model.make_model(CPU, seed).fc.weight for seed in (0, 0, 1))
+    assert torch.equal(a, b) and not torch.equal(a, c)
+
+
+# -------------------------------------------------------------------------------------- schedule
+
+def test_schedule_starts_and_ends_at_lrmin_and_peaks_at_epoch_5():
+    total, peak = 24 * 97, 5 * 97
+    lrs = [onecycle.one_cycle(k, total, peak, 0.04, 0.4) for k in range(total)]
+    assert (lrs[0], lrs[485], lrs[2327]) == (0.04, 0.4, pytest.approx(0.04, abs=1e-15))
+    assert lrs.index(max(lrs)) == 485 and lrs[484] < 0.4 > lrs[486]
+
+
+@pytest.mark.parametrize("shape", ["linear", "cosine"])
+@pytest.mark.parametrize("ratio, final", [(10, 1), (25, 1), (10, 1e4), (3, 20)])
+@pytest.mark.parametrize("total, peak", [(2328, 485), (97, 1), (100, 98), (11, 5), (20, 7)])
+def test_schedule_is_torch_onecyclelr_at_every_step(shape, ratio, final, total, peak):
+    optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=1)
+    oracle = torch.optim.lr_scheduler.OneCycleLR(
+        optimizer, max_lr=0.4, total_steps=total, pct_start=(peak + 1) / total,
+        anneal_strategy="linear" if shape == "linear" else "cos", cycle_momentum=False,
+        div_factor=ratio, final_div_factor=final)
+    low = 0.4 / ratio
+    for step in range(total):
+        ours = onecycle.one_cycle(step, total, peak, low, 0.4, shape, end=low / final)
+        assert ours == pytest.approx(optimizer.param_groups[0]["lr"], abs=1e-12)
+        optimizer.step()
+        if step < total - 1:
+            oracle.step()
+
+
+def test_bounds_exchanged_cycle_the_momentum_as_torch_does():
+    optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=1, momentum=0.9)
+    oracle = torch.optim.lr_scheduler.OneCycleLR(
+        optimizer, 0.4, total_steps=100, pct_start=0.21, anneal_strategy="linear",
+        base_momentum=0.85, max_momentum=0.95)
+    for step in range(100):
+        ours = onecycle.one_cycle(step, 100, 20, 0.95, 0.85)
+        assert ours == pytest.approx(optimizer.param_groups[0]["momentum"], abs=1e-12)
+        optimizer.step()
+        if step < 99:
+            oracle.step()
+
+
+def test_schedule_sets_every_group_and_needs_no_order():
+    groups = [{"params": [nn.Parameter(torch.zeros(1))], "lr": lr} for lr in (1, 2)]
+    optimizer = torch.optim.SGD(groups)
+    schedule = onecycle.OneCycle(optimizer, total=50, peak=10, lr_max=0.4)
+    for step in (30, 10, 49, 0, 30):
+        expected = onecycle.one_cycle(step, 50, 10, 0.04, 0.4)
+        assert schedule.set(step) == expected
+        assert [group["lr"] for group in optimizer.param_groups] == [expected, expected]
+
+
+@pytest.mark.parametrize("total, peak", [(1, 0), (2, 0), (2, 1), (5, 0), (5, 4)])
+def test_peak_at_either_end_and_shortest_runs(total, peak):
+    lrs = [onecycle.one_cycle(k, total, peak, 1, 10) for k in range(total)]
+    assert lrs[peak] == 10 and all(lrs[k] == 1 for k in {0, total - 1} - {peak})
+
+
+@pytest.mark.parametrize("arguments", [(50, 50, 10), (-1, 50, 10), (0, 50, 50), (0, 50, -1),
+                                       (3, 50, 10, 1, 2, "square")])
+def test_schedule_refuses_steps_and_peaks_outside_the_run(arguments):
+    with pytest.raises(ValueError):
+        onecycle.one_cycle(*(*arguments, 1, 2)[:max(5, len(arguments))])
+
+
+# -------------------------------------------------------------------------- draws and augmentation
+
+MEAN, INVERSE_STD = torch.tensor([125.3, 123.0, 113.9]), 1 / torch.tensor([63.0, 62.1, 66.7])
+PICTURES = torch.from_numpy(np.random.default_rng(7).integers(0, 256, (11, 32, 32, 3), np.uint8))
+
+
+def every_draw():
+    """All 81 offsets x both flips, the cutout's centre walking over every row and column."""
+    rows = []
+    for k in range(9 * 9 * 2):
+        rows.append([k % 11, k // 2 // 9, k // 2 % 9, k % 2, k % 32, 31 - (k * 7) % 32])
+    corners = [[0, 4, 4, 0, y, x] for y in (0, 3, 4, 28, 31) for x in (0, 3, 4, 28, 31)]
+    return torch.tensor(rows + corners, dtype=torch.int32)                # 187: an odd batch
+
+
+def test_draws_give_each_image_once_and_every_value_in_range():
+    draws = data.draw_epoch(5000, seed=3, epoch=2)
+    assert draws.shape == (5000, 6) and draws.dtype == torch.int32
+    for column, values in enumerate((5000, 9, 9, 2, 32, 32)):
+        assert draws[:, column].unique().tolist() == list(range(values))
+
+
+def test_draws_of_all_seeds_and_epochs_differ_and_can_be_made_again():
+    seen = {data.draw_epoch(64, seed, epoch).numpy().tobytes()
+            for seed in (*range(20), 2**32 - 1) for epoch in range(20)}
+    assert len(seen) == 21 * 20
+    assert data.draw_epoch(64, 5, 7).numpy().tobytes() in seen
+
+
+def test_draws_are_uniform():
+    """Chi-square of each column, and of a picture's place in the order, at 99.99 %."""
+    draws = torch.cat([data.draw_epoch(10_000, 0, epoch) for epoch in range(10)])
+    for column, values, limit in ((1, 9, 32), (2, 9, 32), (3, 2, 16), (4, 32, 72), (5, 32, 72)):
+        counts = torch.bincount(draws[:, column], minlength=values).double()
+        expected = len(draws) / values
+        assert ((counts - expected).square() / expected).sum() < limit
+
+
+def test_augment_is_torchvisions_pad_crop_flip_normalize_erase():
+    draws = every_draw()
+    ours = data.augment(PICTURES, draws, MEAN, INVERSE_STD, torch.float32)
+    for out, (index, top, left, flip, y, x) in zip(ours, draws.tolist()):
+        picture = T.pad(PICTURES[index].permute(2, 0, 1), [4] * 4, padding_mode="reflect")
+        picture = T.crop(picture, top, left, 32, 32)
+        picture = T.horizontal_flip(picture) if flip else picture
+        picture = T.normalize(picture.float(), MEAN.tolist(), (1 / INVERSE_STD).tolist())
+        y0, y1, x0, x1 = max(y - 4, 0), min(y + 4, 32), max(x - 4, 0), min(x + 4, 32)
+        picture = T.erase(picture, y0, x0, y1 - y0, x1 - x0, torch.zeros(3, 1, 1))
+        assert torch.equal(out == 0, picture == 0)                       # geometry: exactly
+        torch.testing.assert_close(out, picture, rtol=0, atol=1e-6)      # values
+
+
+def test_plain_draws_only_normalise_and_batches_are_channels_last():
+    out = data.augment(PICTURES, data.plain_draws(11), MEAN, INVERSE_STD, torch.float32)
+    expected = ((PICTURES - MEAN) * INVERSE_STD).permute(0, 3, 1, 2)
+    assert torch.equal(out, expected)
+    assert out.is_contiguous(memory_format=torch.channels_last)
+
+
+KERNEL_TEST = """
+import sys, torch, data, test_all
+device = torch.device(sys.argv[1])
+images, draws = test_all.PICTURES.to(device), test_all.every_draw().to(device)
+constants = test_all.MEAN.to(device), test_all.INVERSE_STD.to(device)
+for dtype in (torch.float32, torch.float16, torch.bfloat16):
+    for count in (1, 3, 187):
+        ours = data.fused_augment(images, draws[:count], *constants, dtype)
+        reference = data.augment(test_all.PICTURES, draws[:count].cpu(), test_all.MEAN,
+                                 test_all.INVERSE_STD, dtype)
+        assert ours.shape == (count, 3, 32, 32) and ours.dtype == dtype
+        assert ours.is_contiguous(memory_format=torch.channels_last)
+        ours = ours.cpu()
+        if dtype == torch.bfloat16 and device.type == "cpu":
+            # Triton's interpreter cuts float32 off to bf16 where hardware rounds to nearest even.
+            ours = ours.contiguous().view(torch.int16).int()
+            reference = reference.contiguous().view(torch.int16).int()
+            assert (ours - reference).abs().max() <= 1, (dtype, count)
+        else:
+            assert torch.equal(ours, reference), (dtype, count)
+print("equal")
+"""
+
+
+@needs_triton
+def test_kernel_is_the_reference_bit_for_bit_in_tritons_interpreter():
+    done = python(KERNEL_TEST, "cpu", TRITON_INTERPRET="1")
+    assert done.stdout.strip() == "equal", done.stderr
+
+
+@needs_gpu
+@needs_triton
+def test_kernel_is_the_reference_bit_for_bit_on_the_gpu():
+    done = python(KERNEL_TEST, "cuda")
+    assert done.stdout.strip() == "equal", done.stderr
+
+
+@needs_triton
+def test_kernel_compiles_for_four_generations_of_gpus_without_one():
+    done = python("""
+import triton, data
+from triton.backends.compiler import GPUTarget
+sizes = {"SIZE": 32, "PAD": 4, "CUT": 8, "LANES": 128}
+for capability in (75, 80, 90, 100):
+    for out in ("*fp32", "*fp16", "*bf16"):
+        types = {"images": "*u8", "draws": "*i32", "mean": "*fp32", "inverse_std": "*fp32",
+                 "out": out, **dict.fromkeys(sizes, "constexpr")}
+        source = triton.compiler.ASTSource(data.augment_kernel, types, constexprs=sizes)
+        binary = triton.compile(source, target=GPUTarget("cuda", capability, 32)).asm["cubin"]
+        assert binary[:4] == bytes([127]) + b"ELF"
+print("compiled")
+""", TRITON_INTERPRET="0")
+    assert done.stdout.strip() == "compiled", done.stderr
+
+
+@needs_gpu
+def test_loader_on_the_gpu_is_the_loader_on_the_cpu():
+    batches = {}
+    for device in ("cpu", "cuda"):
+        loader = data.Loader(PICTURES, torch.arange(11), MEAN, INVERSE_STD, 4, torch.float32,
+                             torch.device(device))
+        batches[device] = [(x.cpu(), y.cpu()) for x, y in loader.epoch(0, 0)]
+    for (x, y), (u, v) in zip(*batches.values(), strict=True):
+        assert torch.equal(x, u) and torch.equal(y, v)
+
+
+def test_epoch_shows_each_image_once_but_for_the_dropped_tail():
+    loader = data.Loader(PICTURES, torch.arange(11), MEAN, INVERSE_STD, 4, torch.float32, CPU)
+    batches = list(loader.epoch(seed=0, epoch=3))
+    assert len(loader) == 2 == len(batches)
+    labels = torch.cat([y for _, y in batches]).tolist()
+    assert len(set(labels)) == 8
+    assert labels == data.draw_epoch(11, 0, 3)[:8, 0].tolist()
+
+
+def test_evaluation_shows_every_image_in_order_the_short_batch_too():
+    loader = data.Loader(PICTURES, torch.arange(11), MEAN, INVERSE_STD, 4, torch.float32, CPU)
+    assert torch.cat([y for _, y in loader.plain()]).tolist() == list(range(11))
+    assert [len(x) for x, _ in loader.plain()] == [4, 4, 3]
+
+
+def test_normalisation_leaves_mean_0_and_deviation_1():
+    mean, inverse_std = data.normalisation(PICTURES)
+    values = (PICTURES.double() - mean) * inverse_std
+    torch.testing.assert_close(values.mean((0, 1, 2)), torch.zeros(3).double(), atol=1e-5, rtol=0)
+    torch.testing.assert_close(values.std((0, 1, 2), correction=0), torch.ones(3).double(),
+                               atol=1e-5, rtol=0)
+
+
+# ----------------------------------------------------------------------------- where data come from
+
+def cifar10_on_disk(folder, monkeypatch):
+    """Write CIFAR-10's own files, small, and tell torchvision their checksums; return the pictures."""
+    folder = folder / "cifar-10-batches-py"
+    folder.mkdir(parents=True)
+    rng, pictures, sums = np.random.default_rng(0), {}, {}
+    names = "airplane automobile bird cat deer dog frog horse ship truck".split()
+    for name in [*(f"data_batch_{k}" for k in range(1, 6)), "test_batch", "batches.meta"]:
+        planes = rng.integers(0, 256, (4, 3, 32, 32), np.uint8)           # colour planes, as stored
+        content = ({"label_names": names} if name == "batches.meta" else
+                   {"data": planes.reshape(4, 3072), "labels": [0, 1, 2, 9]})
+        (folder / name).write_bytes(pickle.dumps(content))
+        pictures[name] = planes.transpose(0, 2, 3, 1)
+        sums[name] = md5((folder / name).read_bytes()).hexdigest()
+    cifar = torchvision.datasets.CIFAR10
+    monkeypatch.setattr(cifar, "train_list", [[k, sums[k]] for k in pictures if "data" in k])
+    monkeypatch.setattr(cifar, "test_list", [["test_batch", sums["test_batch"]]])
+    monkeypatch.setattr(cifar, "meta", {**cifar.meta, "md5": sums["batches.meta"]})
+    monkeypatch.setattr(cifar, "url", "file:///nowhere/cifar-10-python.tar.gz")
+    return pictures
+
+
+def test_cifar10_is_read_from_its_own_files(tmp_path, monkeypatch):
+    pictures = cifar10_on_disk(tmp_path, monkeypatch)
+    for source in ("auto", "cifar10"):
+        cifar = data.load(source, tmp_path)
+        assert cifar.name == "CIFAR-10" and cifar.real and cifar.classes[9] == "truck"
+        train = np.concatenate([pictures[f"data_batch_{k}"] for k in range(1, 6)])
+        assert np.array_equal(cifar.train_images, train) and cifar.train_images.dtype == torch.uint8
+        assert np.array_equal(cifar.test_images, pictures["test_batch"])
+        assert cifar.test_labels.tolist() == [0, 1, 2, 9]
+
+
+def test_a_damaged_file_of_cifar10_is_an_error_and_never_replaced_in_silence(tmp_path, monkeypatch):
+    cifar10_on_disk(tmp_path, monkeypatch)
+    path = tmp_path / "cifar-10-batches-py" / "data_batch_3"
+    content = bytearray(path.read_bytes())
+    content[1000] ^= 1
+    path.write_bytes(content)
+    for source in ("auto", "cifar10"):
+        with pytest.raises(data.UserError, match="cannot be read"):
+            data.load(source, tmp_path)
+
+
+def test_a_download_that_is_cut_off_is_an_error_or_the_generated_set(tmp_path, monkeypatch, capsys):
+    archive = tmp_path / "cut.tar.gz"
+    archive.write_bytes(b"half an archive")
+    monkeypatch.setattr(torchvision.datasets.CIFAR10, "url", archive.as_uri())
+    with pytest.raises(data.UserError, match="--data"):
+        data.load("cifar10", tmp_path / "data")
+    assert not data.load("auto", tmp_path / "data").real
+    assert "THIS IS NOT CIFAR-10" in capsys.readouterr().err
+
+
+def small_arrays(train=32, test=16):
+    rng = np.random.default_rng(1)
+    return {"train_images": rng.integers(0, 256, (train, 32, 32, 3), np.uint8),
+            "train_labels": np.arange(train) % 4,
+            "test_images": rng.integers(0, 256, (test, 32, 32, 3), np.uint8),
+            "test_labels": np.arange(test) % 4}
+
+
+def test_npz_of_any_number_of_classes_and_any_integer_type(tmp_path):
+    arrays = small_arrays()
+    arrays["train_labels"] = arrays["train_labels"].astype(np.uint8)
+    np.savez_compressed(tmp_path / "own.npz", **arrays)
+    own = data.load(str(tmp_path / "own.npz"))
+    assert len(own.classes) == 4 and own.real and own.name == "own.npz"
+    assert np.array_equal(own.train_images, arrays["train_images"])
+    assert own.train_labels.dtype == torch.int64 and own.train_labels.tolist() == [0, 1, 2, 3] * 8
+
+
+def test_generated_set_is_the_same_every_time_and_balanced():
+    first, second = data.load("synthetic"), data.synthetic()
+    assert data.fingerprint(first) == data.fingerprint(second)
+    assert first.train_images.shape == (2560, 32, 32, 3) and len(first.test_images) == 1000
+    assert first.test_labels.bincount().tolist() == [100] * 10 and not first.real
+
+
+def test_generated_set_needs_more_than_a_linear_classifier():
+    """Closed-form ridge regression on the pixels, at the best of five penalties: under 50 %."""
+    made = data.synthetic()
+    x, t = (images.flatten(1).double() / 64 for images in (made.train_images, made.test_images))
+    x, t = x - x.mean(0), t - x.mean(0)
+    targets = torch.eye(10).double()[made.train_labels] - 0.1
+    gram = x @ x.T
+    best = 0
+    for penalty in (1e1, 1e2, 1e3, 1e4, 1e5):
+        weights = x.T @ torch.linalg.solve(gram + penalty * torch.eye(len(x)), targets)
+        best = max(best, ((t @ weights).argmax(1) == made.test_labels).double().mean().item())
+    assert 0.1 < best < 0.5
+
+
+# ---------------------------------------------------------------------------------- LR range test
+
+class Quadratic(nn.Module):
+    """0.5 * sum of curvatures * (w - x)^2: the loss whose stability limit theory gives."""
+
+    def __init__(self, curvatures):
+        super().__init__()
+        self.curvatures = torch.tensor(curvatures, dtype=torch.float64)
+        self.w = nn.Parameter(torch.ones_like(self.curvatures))
+
+    def forward(self, x):
+        return 0.5 * (self.curvatures * (self.w - x) ** 2).sum()
+
+
+def sweep_of_quadratic(curvatures, noise=0.0, momentum=0.0, nesterov=False, seed=0, **options):
+    net = Quadratic(curvatures)
+    optimizer = torch.optim.SGD(net.parameters(), 1, momentum=momentum, nesterov=nesterov)
+    generator = torch.Generator().manual_seed(seed)
+    batches = ((noise * torch.randn(len(curvatures), generator=generator, dtype=torch.float64), None)
+               for _ in range(10_000))
+    return lrfinder.range_test(net, optimizer, lambda outputs, _: outputs, batches, **options)
+
+
+@pytest.mark.parametrize("shape", ["exponential", "linear"])
+def test_sweep_follows_the_closed_form_of_gradient_descent_step_by_step(shape):
+    """loss_k / loss_0 = product over j < k of (1 - lr_j L)^2: an LR or loss off by one breaks it."""
+    curvature, steps = 3.0, 60
+    curve = sweep_of_quadratic([curvature], lr_start=1e-3, lr_end=0.5, steps=steps, shape=shape)
+    lrs = (np.geomspace if shape == "exponential" else np.linspace)(1e-3, 0.5, steps)
+    assert np.allclose(curve.lrs, lrs, rtol=1e-9) and len(curve.lrs) == steps
+    factors = np.cumprod((1 - lrs * curvature) ** 2)
+    assert np.allclose(np.array(curve.losses[1:]) / curve.losses[0], factors[:-1], rtol=1e-9)
+
+
+@pytest.mark.parametrize("momentum, nesterov", [(0, False), (0.9, False), (0.9, True)])
+def test_sweep_stops_at_the_stability_limit_that_theory_gives(momentum, nesterov):
+    """2/L, 2(1+b)/L, and 2(1+b)/(L(1+2b)) for PyTorch's Nesterov; nearer with more steps."""
+    curvatures = np.linspace(0.4, 4, 10).tolist()
+    limit = 2 * (1 + momentum) / (4 * (1 + 2 * momentum if nesterov else 1))
+    means = []
+    for steps in (100, 300, 1000):
+        stops = [sweep_of_quadratic(curvatures, 0.02, momentum, nesterov, seed, lr_start=1e-2,
+                                    lr_end=10, steps=steps).lrs[-1] / limit for seed in range(5)]
+        assert all(1 < stop < 2.2 for stop in stops)
+        means.append(np.mean(stops))
+    assert means[0] > means[1] > means[2]
+
+
+class Small(nn.Module):
+    """Convolution, BatchNorm and Dropout: buffers and a random state to restore."""
+
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Flatten(),
+                                    nn.Dropout(0.3), nn.Linear(8 * 36, 4))
+        self.layers[4].eval()                             # a flag of its own, to be kept
+
+    def forward(self, x):
+        return self.layers(x)
+
+
+def state(net, optimizer):
+    """Everything that has to be what it was, as comparable bytes."""
+    parts = (net.state_dict(), optimizer.state_dict(), [m.training for m in net.modules()],
+             [p.grad for p in net.parameters()], torch.get_rng_state(), random.getstate(),
+             np.random.get_state())
+    return pickle.dumps(torch.utils._pytree.tree_map(
+        lambda leaf: leaf.numpy().tobytes() if isinstance(leaf, torch.Tensor) else leaf, parts))
+
+
+@pytest.mark.parametrize("kind", ["SGD", "Adam"])
+@pytest.mark.parametrize("ending", ["normal", "divergence", "exception", "Ctrl-C"])
+def test_range_test_restores_everything_bit_for_bit(kind, ending):
+    torch.manual_seed(0)
+    net = Small()
+    optimizer = (torch.optim.SGD(net.parameters(), 0.1, momentum=0.9) if kind == "SGD"
+                 else torch.optim.Adam(net.parameters(), 0.01))
+    generator = torch.Generator().manual_seed(0)
+    inputs, labels = torch.randn(16, 3, 8, 8, generator=generator), torch.arange(16) % 4
+    for _ in range(3):                                    # optimizer state and gradients to keep
+        optimizer.zero_grad()
+        F.cross_entropy(net(inputs), labels).backward()
+        optimizer.step()
+
+    def batches():
+        for k in range(1000):
+            if k == 20 and ending in ("exception", "Ctrl-C"):
+                raise RuntimeError if ending == "exception" else KeyboardInterrupt
+            random.random(), np.random.rand(), torch.rand(1)
+            yield inputs, labels
+
+    before = state(net, optimizer)
+    try:
+        curve = lrfinder.range_test(net, optimizer, F.cross_entropy, batches(), steps=40,
+                                    lr_end=1e6 if ending == "divergence" else 0.1)
+        assert (len(curve.lrs) < 40) == (ending == "divergence")
+    except (RuntimeError, KeyboardInterrupt):
+        assert ending in ("exception", "Ctrl-C")
+    assert state(net, optimizer) == before
+    optimizer.step()
+    assert state(net, optimizer) != before                # the comparison can fail
+
+
+def curve_of(*pieces):
+    """Losses along straight pieces (points, from, to), with an LR from 1e-3 to 10."""
+    losses = np.concatenate([np.linspace(a, b, n) for n, a, b in pieces])
+    return lrfinder.Curve(np.geomspace(1e-3, 10, len(losses)).tolist(), losses.tolist())
+
+
+FALL_AND_RISE = ((20, 2.3, 2.3), (40, 2.3, 1.5), (30, 1.5, 2.4))
+
+
+def test_lrmax_is_the_first_marked_minimum_and_lrmin_a_tenth():
+    curve = curve_of(*FALL_AND_RISE)
+    found = lrfinder.suggest(curve)
+    assert curve.lrs[57] <= found.lr_max <= curve.lrs[62] and found.lr_min == found.lr_max / 10
+    assert curve.lrs[18] <= found.onset <= curve.lrs[26]
+
+
+def test_what_comes_after_the_first_marked_rise_does_not_matter():
+    curve = curve_of(*FALL_AND_RISE)
+    longer = curve_of(*FALL_AND_RISE, (20, 2.4, 1.2), (20, 1.2, 3))
+    found, again = lrfinder.suggest(curve).lr_max, lrfinder.suggest(longer).lr_max
+    assert abs(curve.lrs.index(found) - longer.lrs.index(again)) <= 2
+
+
+def test_a_wiggle_and_noise_and_an_early_spike_do_not_fool_it():
+    clean = lrfinder.suggest(curve_of(*FALL_AND_RISE)).lr_max
+    spiked = curve_of(*FALL_AND_RISE)
+    spiked.losses[3] = spiked.losses[4] = 4.0
+    noisy = curve_of((20, 2.3, 2.3), (20, 2.3, 1.9), (3, 1.9, 1.96), (17, 1.9, 1.5), (30, 1.5, 2.4))
+    noise = np.random.default_rng(0).normal(0, 0.05, len(noisy.losses))
+    noisy.losses[:] = (np.array(noisy.losses) + noise).tolist()
+    for curve in (spiked, noisy):
+        assert clean / 1.6 < lrfinder.suggest(curve).lr_max < clean * 1.6
+
+
+@pytest.mark.parametrize("pieces, words", [
+    (((100, 2.3, 2.3),), "never falls"),
+    (((50, 2.3, 2.25), (50, 2.25, 9)), "never falls"),
+    (((100, 2.3, 1.0),), "falls to the end"),
+    (((3, 2.3, 1.0), (4, 1.0, 3)), "points"),
+    ((), "points")])
+def test_a_curve_without_an_answer_is_said_and_not_guessed(pieces, words):
+    curve = curve_of(*pieces) if pieces else lrfinder.Curve([], [])
+    with pytest.raises(lrfinder.NotFound, match=words):
+        lrfinder.suggest(curve)
+
+
+def test_pure_noise_has_no_answer():
+    for seed in range(20):
+        losses = np.random.default_rng(seed).normal(2.3, 0.2, 100).tolist()
+        with pytest.raises(lrfinder.NotFound):
+            lrfinder.suggest(lrfinder.Curve(np.geomspace(1e-3, 10, 100).tolist(), losses))
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_a_loss_that_is_not_finite_ends_the_sweep_and_is_not_in_the_curve(value):
+    net = nn.Linear(2, 2)
+    losses = iter([1.0] * 15 + [value] + [1.0] * 20)
+    curve = lrfinder.range_test(net, torch.optim.SGD(net.parameters(), 1),
+                                lambda outputs, _: outputs.sum() * 0 + next(losses),
+                                ((torch.ones(1, 2), None) for _ in range(40)), steps=40)
+    assert curve.losses == [1.0] * 15 and len(curve.lrs) == 15
+
+
+def test_smoothing_is_central_keeps_straight_lines_and_the_length():
+    line = np.linspace(3, 1, 83).tolist()
+    assert np.allclose(lrfinder.smooth(line), line)
+
+
+def test_plot_draws_on_the_axis_it_is_given():
+    figure, ax = train.plt.subplots()
+    curve = curve_of(*FALL_AND_RISE)
+    lrfinder.plot(curve, ax, lrfinder.suggest(curve))
+    assert ax.get_xscale() == "log"
+    assert {"LRMIN", "LRMAX", "onset"} <= {text.get_text().split()[0] for text in ax.texts}
