@@ -1,27 +1,23 @@
 """CIFAR-10 on the GPU as bytes, augmented by one kernel launch a batch.
 
-The whole training set is 50,000 x 32 x 32 x 3 bytes = 154 MB: it fits on any GPU, so it goes there
-once, as uint8, and never comes back. An epoch is then a table of random numbers, one row an image:
+The training set is 50,000 x 32 x 32 x 3 bytes = 154 MB: it fits on any GPU, so it goes there once,
+as uint8, and never comes back. An epoch is then a table of random numbers, one row an image:
 
-    index   which image
-    top     row where the 32 x 32 crop starts in the picture padded by 4 on every side (0 .. 8)
-    left    its column                                                               (0 .. 8)
-    flip    1 = mirror it left to right
-    cut_y   centre of the 8 x 8 cutout, row                                          (0 .. 31)
-    cut_x   and column; what falls off the border is clipped
+    index          which image
+    top, left      where the 32 x 32 crop starts in the image padded by 4 (0 .. 8 each)
+    flip           1 = mirrored left to right
+    cut_y, cut_x   centre of the 8 x 8 cutout (0 .. 31 each); what passes the border is clipped
 
-and a batch is a *pure function* of the bytes and 512 rows of that table. `augment` is this function
-in plain torch: read it first. `fused_augment` is the same in one Triton kernel, bit for bit, which
-reads 3,072 bytes an image and writes 6,144 (in bf16) and touches nothing in between; plain torch
-writes and reads back every intermediate picture.
+and a batch is a *pure function* of the bytes and 512 rows of that table: `augment`, in plain torch.
+`fused_augment` is the same in one Triton kernel, bit for bit: it reads 3,072 bytes an image, writes
+6,144 (in bf16), and nothing in between goes through memory.
 
-    python data.py         draws augmented.png and times the loader against torchvision's
+    python data.py         draws augmented.png and times the loader against the alternatives
 """
 import hashlib
-import itertools
 import socket
 import sys
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -39,26 +35,20 @@ try:
 except Exception:                 # Windows and macOS have no Triton, and an install can be broken
     triton = None
 
-SIZE, CHANNELS, PAD, CUT = 32, 3, 4, 8
+SIZE, PAD, CUT = 32, 4, 8
 
-
-# ------------------------------------------------------------------------------------- the draws
 
 def draw_epoch(count, seed, epoch):
-    """One epoch's random numbers, (count, 6) int32, columns as above; the order is a permutation.
+    """One epoch's table of random numbers, (count, 6) int32; the order is a permutation.
 
     The generator's seed is a hash of the pair (numpy's SeedSequence), not a sum: with seed + epoch,
     epoch 1 of seed 0 would be epoch 0 of seed 1. Nothing is carried over from epoch to epoch, so
     any epoch can be made again from nothing. seed and epoch lie in 0 .. 2^32 - 1.
     """
     random = np.random.default_rng((seed, epoch))
-    return torch.from_numpy(np.stack([
-        random.permutation(count),
-        random.integers(0, 2 * PAD + 1, count),
-        random.integers(0, 2 * PAD + 1, count),
-        random.integers(0, 2, count),
-        random.integers(0, SIZE, count),
-        random.integers(0, SIZE, count)], axis=1).astype(np.int32))
+    ranges = 2 * PAD + 1, 2 * PAD + 1, 2, SIZE, SIZE
+    columns = [random.permutation(count), *(random.integers(0, n, count) for n in ranges)]
+    return torch.from_numpy(np.stack(columns, axis=1).astype(np.int32))
 
 
 def plain_draws(count):
@@ -68,12 +58,9 @@ def plain_draws(count):
     return draws
 
 
-# -------------------------------------------------------------------- the reference, in plain torch
-
 def reflect(i):
     """Coordinates -31 .. 62 folded back into 0 .. 31 as in a mirror: -1 -> 1, 32 -> 30."""
-    i = i.abs()
-    return torch.minimum(i, 2 * (SIZE - 1) - i)
+    return torch.minimum(i.abs(), 2 * (SIZE - 1) - i.abs())
 
 
 def augment(images, draws, mean, inverse_std, dtype):
@@ -83,90 +70,77 @@ def augment(images, draws, mean, inverse_std, dtype):
     """
     index, top, left, flip, cut_y, cut_x = draws.long()[:, :, None].unbind(1)      # (B, 1) each
     row = torch.arange(SIZE, device=images.device)                                 # (32,)
-    lane = torch.arange(SIZE * CHANNELS, device=images.device)                     # (96,)
-    column, channel = lane // CHANNELS, lane % CHANNELS      # a row is r g b r g b r g b ...
+    lane = torch.arange(SIZE * 3, device=images.device)                            # (96,)
+    column, channel = lane // 3, lane % 3                    # a row is r g b r g b r g b ...
     # Crop and flip are only a question of where a pixel comes from: pixel (row, column) of the
     # flipped crop is pixel (row, 31 - column) of the crop, which starts at (top - 4, left - 4).
     y = reflect(row + top - PAD)                                                   # (B, 32)
     x = reflect(torch.where(flip == 1, SIZE - 1 - column, column) + left - PAD)    # (B, 96)
-    rows = images.view(-1, SIZE * CHANNELS).index_select(0, (index * SIZE + y).flatten())
-    rows = rows.view(-1, SIZE, SIZE * CHANNELS)                                    # (B, 32, 96)
-    pixels = rows.gather(2, (x * CHANNELS + channel)[:, None].expand_as(rows))     # (B, 32, 96)
+    rows = images.view(-1, SIZE * 3).index_select(0, (index * SIZE + y).flatten())
+    rows = rows.view(-1, SIZE, SIZE * 3)                                           # (B, 32, 96)
+    pixels = rows.gather(2, (x * 3 + channel)[:, None].expand_as(rows))            # (B, 32, 96)
     # Subtract, then multiply: no compiler can fuse these two into one rounding (it could with
     # pixel * scale + shift), so the same bits come out of every device.
     values = (pixels - mean.repeat(SIZE)) * inverse_std.repeat(SIZE)               # (B, 32, 96)
-    # The cutout takes rows cut_y - 4 .. cut_y + 3 and columns likewise. Its fill is the mean
-    # colour, which normalisation has just made 0.
+    # Cut out rows cut_y - 4 .. cut_y + 3 and columns likewise; 0 is the mean colour by now.
     cut_row, cut_column = row - cut_y + CUT // 2, column - cut_x + CUT // 2
     cut = ((cut_row >= 0) & (cut_row < CUT))[:, :, None] \
         & ((cut_column >= 0) & (cut_column < CUT))[:, None, :]                     # (B, 32, 96)
-    values = values.masked_fill_(cut, 0).view(-1, SIZE, SIZE, CHANNELS)
+    values = values.masked_fill_(cut, 0).view(-1, SIZE, SIZE, 3)
     # NHWC in memory, seen as (B, 3, 32, 32), is exactly what torch calls channels_last.
     return values.to(dtype).permute(0, 3, 1, 2)
 
 
-# ------------------------------------------------------------------------- the same, in one kernel
-
 if triton:
     @triton.jit
-    def augment_kernel(
-        images,              # *uint8 (N, 32, 32, 3): the whole set
-        draws,               # *int32 (B, 6)
-        mean, inverse_std,   # *float32 (3,)
-        out,                 # *bf16, *fp16 or *float32 (B, 32, 32, 3)
-        SIZE: tl.constexpr, PAD: tl.constexpr, CUT: tl.constexpr,
-        LANES: tl.constexpr,  # the 32 * 3 = 96 values of an output row, up to a power of two: 128
-    ):
-        # One program makes one image.
-        image = tl.program_id(0).to(tl.int64)         # int64: 700,000 images pass 2^31 bytes
+    def augment_kernel(images,              # *uint8 (N, 32, 32, 3): the whole set
+                       draws,               # *int32 (B, 6)
+                       mean, inverse_std,   # *float32 (3,)
+                       out,                 # *bf16, *fp16 or *float32 (B, 32, 32, 3)
+                       SIZE: tl.constexpr, PAD: tl.constexpr, CUT: tl.constexpr):
+        # One program makes one image; int64, since 700,000 images pass 2^31 bytes.
+        image = tl.program_id(0).to(tl.int64)
         draws += image * 6
         index = tl.load(draws).to(tl.int64)
         top, left, flip = tl.load(draws + 1), tl.load(draws + 2), tl.load(draws + 3)
         cut_y, cut_x = tl.load(draws + 4), tl.load(draws + 5)
-
-        # A tile is 32 rows of 128 lanes. What depends on the row alone or on the lane alone is
-        # computed on a vector, once; only load, arithmetic and store run on the whole tile.
-        row = tl.arange(0, SIZE)                                      # (32,)
-        lane = tl.arange(0, LANES)                                    # (128,)
+        # A tile is 32 rows of 128 lanes, the 96 values of a row up to a power of two. What depends
+        # on the row or the lane alone is a vector, computed once; only the rest takes a whole tile.
+        row, lane = tl.arange(0, SIZE), tl.arange(0, 4 * SIZE)        # (32,), (128,)
         column, channel = lane // 3, lane % 3                         # (128,)
-        inside = (lane < SIZE * 3)[None, :]                           # (1, 128)
-
+        inside = (lane < 3 * SIZE)[None, :]                           # (1, 128)
         y = tl.abs(row + top - PAD)                                   # reflect, as above
         y = tl.minimum(y, 2 * (SIZE - 1) - y)                         # (32,)
         x = tl.abs(tl.where(flip == 1, SIZE - 1 - column, column) + left - PAD)
         x = tl.minimum(x, 2 * (SIZE - 1) - x)                         # (128,)
         source = images + index * (SIZE * SIZE * 3)
-        offset = (y * SIZE * 3)[:, None] + (x * 3 + channel)[None, :]     # (32, 128)
-        pixel = tl.load(source + offset, mask=inside, other=0).to(tl.float32)
-
+        source += (y * SIZE * 3)[:, None] + (x * 3 + channel)[None, :]              # (32, 128)
+        pixel = tl.load(source, mask=inside, other=0).to(tl.float32)
         value = (pixel - tl.load(mean + channel)[None, :]) * tl.load(inverse_std + channel)[None, :]
         cut_row, cut_column = row - cut_y + CUT // 2, column - cut_x + CUT // 2
         cut = ((cut_row >= 0) & (cut_row < CUT))[:, None] \
-            & ((cut_column >= 0) & (cut_column < CUT))[None, :]       # (32, 128)
+            & ((cut_column >= 0) & (cut_column < CUT))[None, :]                     # (32, 128)
         value = tl.where(cut, 0.0, value)
-
-        # Neighbouring lanes write neighbouring addresses: the image leaves in one contiguous run.
-        target = out + image * (SIZE * SIZE * 3)
-        target += (row * SIZE * 3)[:, None] + lane[None, :]
+        target = out + image * (SIZE * SIZE * 3) + (row * SIZE * 3)[:, None] + lane[None, :]
         tl.store(target, value.to(out.dtype.element_ty), mask=inside)
 
 
 def fused_augment(images, draws, mean, inverse_std, dtype):
     """`augment` in one launch: the same arguments, the same bits."""
-    out = torch.empty((len(draws), SIZE, SIZE, CHANNELS), dtype=dtype, device=images.device)
-    augment_kernel[(len(draws),)](images, draws, mean, inverse_std, out,
-                                  SIZE=SIZE, PAD=PAD, CUT=CUT, LANES=128)
+    out = torch.empty((len(draws), SIZE, SIZE, 3), dtype=dtype, device=images.device)
+    augment_kernel[(len(draws),)](images, draws, mean, inverse_std, out, SIZE, PAD, CUT)
     return out.permute(0, 3, 1, 2)
 
 
+@cache                            # asked once a device, and said once
 def pick_augment(device):
-    """fused_augment where Triton runs, else augment; a CUDA device that lacks it is told why."""
+    """fused_augment where Triton runs, else augment; on a CUDA device without, it says why."""
     if device.type != "cuda":
         return augment
-    try:                          # one picture: Triton may be missing, broken, or the GPU too old
-        ones = torch.ones(CHANNELS, device=device)
-        picture = torch.zeros((1, SIZE, SIZE, CHANNELS), dtype=torch.uint8, device=device)
-        fused_augment(picture, plain_draws(1).to(device), ones, ones, torch.float32)
+    try:                          # Triton may be missing, or broken, or the GPU too old for it
+        image, ones = torch.zeros((1, SIZE, SIZE, 3), dtype=torch.uint8), torch.ones(3)
+        arguments = (tensor.to(device) for tensor in (image, plain_draws(1), ones, ones))
+        fused_augment(*arguments, torch.float32)
         return fused_augment
     except Exception as error:    # Triton's errors have no common class
         print(f"note: plain torch, not the fused kernel ({first_line(error)})", file=sys.stderr)
@@ -179,8 +153,7 @@ class Loader:
     def __init__(self, images, labels, mean, inverse_std, batch_size, dtype, device):
         self.images, self.labels = images.to(device).contiguous(), labels.to(device)
         self.mean, self.inverse_std = mean.to(device), inverse_std.to(device)
-        self.batch_size, self.dtype = batch_size, dtype
-        self.augment = pick_augment(self.images.device)
+        self.batch_size, self.dtype, self.augment = batch_size, dtype, pick_augment(device)
 
     def __len__(self):
         """Training batches an epoch; the images that do not fill one sit this epoch out."""
@@ -188,12 +161,7 @@ class Loader:
 
     def epoch(self, seed, epoch):
         """Yield (inputs (B, 3, 32, 32), labels (B,)): each image once, in the epoch's own order."""
-        draws = draw_epoch(len(self.images), seed, epoch)[:len(self) * self.batch_size]
-        return self.batches(draws)
-
-    def endless(self, seed):
-        """Epoch after epoch of training batches, for the range test."""
-        return itertools.chain.from_iterable(self.epoch(seed, e) for e in itertools.count())
+        return self.batches(draw_epoch(len(self.images), seed, epoch)[:len(self) * self.batch_size])
 
     def plain(self):
         """Yield every image once, as it is; the last batch may be short."""
@@ -204,8 +172,6 @@ class Loader:
             inputs = self.augment(self.images, part, self.mean, self.inverse_std, self.dtype)
             yield inputs, self.labels[part[:, 0].long()]
 
-
-# ------------------------------------------------------------------------------- where data come from
 
 class Dataset(NamedTuple):
     """Images (N, 32, 32, 3) uint8, labels (N,) int64; `real` is False for the generated set."""
@@ -227,25 +193,24 @@ def load(source, data_dir="data"):
     try:
         return load_cifar10(data_dir)
     except UserError as error:
-        # Where there are files, somebody means them: generated pictures would hide the damage.
-        if source == "cifar10" or Path(data_dir, torchvision.datasets.CIFAR10.base_folder).exists():
+        # Where there are files, somebody means them: generated images would hide the damage.
+        if source == "cifar10" or Path(data_dir, "cifar-10-batches-py").exists():
             raise
-        print(f"{error}\nTHIS IS NOT CIFAR-10: going on with generated pictures", file=sys.stderr)
+        print(f"{error}\nTHIS IS NOT CIFAR-10: going on with generated images", file=sys.stderr)
         return synthetic()
 
 
 def load_cifar10(data_dir):
-    """CIFAR-10 from data_dir, downloaded (170 MB) where missing; torchvision checks the MD5 sums."""
-    timeout = socket.getdefaulttimeout()
+    """CIFAR-10 from data_dir, downloaded (170 MB) where missing; torchvision checks MD5 sums."""
     socket.setdefaulttimeout(20)       # seconds without a byte; torchvision would wait for ever
     try:
         train, test = (torchvision.datasets.CIFAR10(data_dir, train=train, download=True)
                        for train in (True, False))
     except Exception as error:         # OSError, RuntimeError, pickle's, tarfile's ...
-        raise UserError(f"CIFAR-10 cannot be read from '{data_dir}' nor downloaded ({first_line(error)}"
-                        f"): put an intact cifar-10-python.tar.gz there, or see --data") from error
+        raise UserError(f"CIFAR-10 cannot be read from '{data_dir}' nor downloaded: put an intact "
+                        f"cifar-10-python.tar.gz there, or see --data ({first_line(error)})")
     finally:
-        socket.setdefaulttimeout(timeout)
+        socket.setdefaulttimeout(None)
     return Dataset("CIFAR-10", train.classes,
                    torch.from_numpy(train.data), torch.tensor(train.targets),
                    torch.from_numpy(test.data), torch.tensor(test.targets))
@@ -259,54 +224,50 @@ def load_npz(path):
             arrays = [archive[f"{split}_{what}"] for split in ("train", "test")
                       for what in ("images", "labels")]
     except Exception as error:         # a key is missing, or an array holds pickled objects
-        raise UserError(f"{path}: {first_line(error)}; see --data in train.py -h") from error
+        raise UserError(f"{path}: {first_line(error)}; see --data in train.py -h")
     classes = len(np.unique(arrays[1]))
-    for name, images, labels in (("train", *arrays[:2]), ("test", *arrays[2:])):
+    for split, images, labels in (("train", *arrays[:2]), ("test", *arrays[2:])):
+        problem = None
         if images.dtype != np.uint8 or images.shape[1:] != (SIZE, SIZE, 3) or not len(images):
-            raise UserError(f"{path}: {name}_images must be uint8 of shape (N, 32, 32, 3), not "
-                            f"{images.dtype} {images.shape}")
-        if labels.dtype.kind not in "iu" or labels.shape != images.shape[:1]:
-            raise UserError(f"{path}: {name}_labels must be {len(images)} integers, not "
-                            f"{labels.dtype} {labels.shape}")
-        if labels.min() < 0 or labels.max() >= classes:
-            raise UserError(f"{path}: the training labels are {classes} different numbers, so all "
-                            f"must be 0 .. {classes - 1}, not {labels.min()} .. {labels.max()}")
+            problem = f"images must be uint8 (N, 32, 32, 3), not {images.dtype} {images.shape}"
+        elif labels.dtype.kind not in "iu" or labels.shape != images.shape[:1]:
+            problem = f"labels must be {len(images)} integers, not {labels.dtype} {labels.shape}"
+        elif labels.min() < 0 or labels.max() >= classes:
+            problem = f"labels must be 0 .. {classes - 1}, not {labels.min()} .. {labels.max()}"
+        if problem:
+            raise UserError(f"{path}: {split}_{problem}")
     tensors = [torch.from_numpy(a if a.ndim == 4 else a.astype(np.int64)) for a in arrays]
     return Dataset(Path(path).name, [str(k) for k in range(classes)], *tensors)
 
 
 def synthetic(train=2560, test=1000):
-    """Ten classes of drawn shapes and textures: something to train on where CIFAR-10 is not at hand.
+    """Ten classes of drawn shapes, which survive a flip, for where CIFAR-10 is not at hand.
 
     Place, size and both colours are random, so that no pixel says anything by itself: a linear
-    classifier stays far below 50 %, and it takes convolutions to do well. All survive a flip.
+    classifier stays far below 50 %, and it takes convolutions to do well.
     """
-    random = np.random.default_rng(0)
-    count = train + test
-    labels = np.arange(count) % 10
+    random, count = np.random.default_rng(0), train + test
     radius = random.uniform(7, 12, (count, 1, 1))
     y = np.arange(SIZE)[:, None] - random.uniform(11, 21, (count, 1, 1))       # (count, 32, 1)
     x = np.arange(SIZE)[None, :] - random.uniform(11, 21, (count, 1, 1))       # (count, 1, 32)
     round_, square = np.hypot(x, y) / radius, np.maximum(abs(x), abs(y)) / radius
     stripe_y, stripe_x = (y // 3) % 2 == 0, (x // 3) % 2 == 0
     shapes = {
-        "disc": round_ < 1,
-        "ring": (round_ < 1) & (round_ > 0.65),
-        "square": square < 0.9,
-        "frame": (square < 0.9) & (square > 0.6),
+        "disc": round_ < 1, "ring": (round_ < 1) & (round_ > 0.65),
+        "square": square < 0.9, "frame": (square < 0.9) & (square > 0.6),
         "triangle": (square < 1) & (2 * abs(x) < y + radius),
         "plus": (square < 1) & (np.minimum(abs(x), abs(y)) < 2.5),
         "cross": (square < 1) & (abs(abs(x) - abs(y)) < 3),
-        "horizontal stripes": (square < 1) & stripe_y,
-        "vertical stripes": (square < 1) & stripe_x,
+        "horizontal stripes": (square < 1) & stripe_y, "vertical stripes": (square < 1) & stripe_x,
         "chessboard": (square < 1) & (stripe_y ^ stripe_x)}
+    labels = np.arange(count) % len(shapes)
     shape = np.stack(list(shapes.values()))[labels, np.arange(count), ..., None]
     ground = random.uniform(0, 255, (count, 1, 1, 3))
     colour = (ground + random.uniform(80, 175, ground.shape)) % 255      # never close to the ground
     images = np.where(shape, colour, ground) + random.normal(0, 12, (count, SIZE, SIZE, 3))
-    images, labels = torch.from_numpy(images.clip(0, 255).astype(np.uint8)), torch.from_numpy(labels)
-    return Dataset("generated pictures", list(shapes), images[:train], labels[:train],
-                   images[train:], labels[train:], real=False)
+    images = torch.from_numpy(images.clip(0, 255).astype(np.uint8)).split([train, test])
+    labels = torch.from_numpy(labels).split([train, test])
+    return Dataset("generated images", [*shapes], images[0], labels[0], images[1], labels[1], False)
 
 
 def fingerprint(data):
@@ -315,17 +276,14 @@ def fingerprint(data):
 
 
 def normalisation(images):
-    """Mean and 1 / standard deviation of each channel of (N, 32, 32, 3) uint8: two (3,) float32."""
+    """Mean and 1 / standard deviation of each channel of (N, 32, 32, 3) uint8: (3,) float32."""
     deviation, mean = torch.std_mean(images.view(-1, 3).float(), dim=0, correction=0)
     return mean, 1 / deviation.clamp(min=1)
 
 
-# --------------------------------------------------------------------------- the picture and the race
-
 def draw(data, path):
     """Five images, a row each: as stored, padded, cropped, flipped, cut out, then at random."""
     import matplotlib.pyplot as plt
-    titles = "original  padded  cropped  + flipped  + cut out  at random  at random  at random"
     draws = plain_draws(5).repeat(8, 1, 1)                                     # (8, 5, 6)
     draws[2:, :, 1:3] = torch.tensor([1, 8])                                   # crop up and right
     draws[3:, :, 3] = 1
@@ -333,19 +291,19 @@ def draw(data, path):
     draws[5:, :, 1:] = torch.stack([draw_epoch(5, 0, k)[:, 1:] for k in (1, 2, 3)])
     mean, inverse_std = normalisation(data.train_images)
     values = augment(data.train_images, draws.view(40, 6), mean, inverse_std, torch.float32)
-    pictures = (values.permute(0, 2, 3, 1) / inverse_std + mean).round().byte().numpy()
-    mosaic = np.full((8, 5, 44, 44, 3), 255, dtype=np.uint8)
-    mosaic[:, :, 6:38, 6:38] = pictures.reshape(8, 5, SIZE, SIZE, 3)
-    mosaic[1, :, 2:42, 2:42] = np.pad(pictures[:5], ((0, 0), (PAD, PAD), (PAD, PAD), (0, 0)), "reflect")
+    images = (values.permute(0, 2, 3, 1) / inverse_std + mean).round().byte().numpy()
+    framed = np.pad(images, [(0, 0), (6, 6), (6, 6), (0, 0)], constant_values=255)
+    framed[5:10, 2:42, 2:42] = np.pad(images[5:10], [(0, 0), (4, 4), (4, 4), (0, 0)], "reflect")
     figure, ax = plt.subplots(figsize=(9, 6), layout="constrained")
-    ax.imshow(mosaic.transpose(1, 2, 0, 3, 4).reshape(5 * 44, 8 * 44, 3))
+    ax.imshow(framed.reshape(8, 5, 44, 44, 3).transpose(1, 2, 0, 3, 4).reshape(220, 352, 3))
     ax.xaxis.tick_top()
-    ax.set(xticks=np.arange(22, 352, 44), xticklabels=titles.split("  "), yticks=[], frame_on=False)
+    titles = ["original", "padded", "cropped", "+ flipped", "+ cut out", *3 * ["at random"]]
+    ax.set(xticks=np.arange(22, 352, 44), xticklabels=titles, yticks=[], frame_on=False)
     figure.savefig(path, dpi=100)
 
 
-def transform_each(transform, pictures):
-    return torch.stack([transform(picture) for picture in pictures])
+def transform_each(transform, images):
+    return torch.stack([transform(image) for image in images])
 
 
 def race(data, device):
@@ -359,12 +317,11 @@ def race(data, device):
         v2.RandomErasing(p=1, scale=(1 / 16, 1 / 16), ratio=(1, 1))])
     batches = iter(DataLoader(images.permute(0, 3, 1, 2), 512, shuffle=True, num_workers=2,
                               collate_fn=partial(transform_each, transform)))
-    images, epoch, *constants = (
-        tensor.to(device) for tensor in (images, draw_epoch(50_000, 0, 0), mean, inverse_std))
+    tables = (images, draw_epoch(50_000, 0, 0), mean, inverse_std)
+    images, draws, *constants = (tensor.to(device) for tensor in tables)
+    batch, epoch = ((images, draws[:n], *constants, dtype) for n in (512, 50_000))
     moved = SIZE * SIZE * 3 * (1 + dtype.itemsize)                # bytes an image, in and out
-    source = torch.empty(50_000 * moved // 2, dtype=torch.uint8, device=device).random_()
-    target = torch.empty_like(source)
-    batch, whole = (images, epoch[:512], *constants, dtype), (images, epoch, *constants, dtype)
+    source, target = torch.ones(2, 50_000 * moved // 2, dtype=torch.uint8, device=device)
     ways = {"torchvision, 2 workers": (512, lambda: next(batches)),
             "plain torch": (512, lambda: augment(*batch)),
             "copy of as many bytes": (50_000, lambda: target.copy_(source))}
@@ -372,7 +329,7 @@ def race(data, device):
         compiled = torch.compile(augment)
         ways |= {"torch.compile of it": (512, lambda: compiled(*batch)),
                  "Triton kernel": (512, lambda: fused_augment(*batch)),
-                 "Triton kernel, an epoch": (50_000, lambda: fused_augment(*whole))}
+                 "Triton kernel, an epoch": (50_000, lambda: fused_augment(*epoch))}
     each = {}                                                     # seconds an image
     for name, (count, work) in ways.items():
         timer = Timer("work()", globals={"work": work}, num_threads=torch.get_num_threads())

@@ -10,8 +10,8 @@ and look at the loss (Smith, arXiv 1506.01186, section 3.3):
              onset  LRMAX    stop
 
     sweep    lr_k = lr_start * (lr_end / lr_start) ^ (k / (steps - 1)),    k = 0 .. steps - 1
-    LRMAX    the lr of the smoothed curve's first minimum after which the loss rises by at least
-             RISE = 15 % of the whole fall
+    LRMAX    the lr of the smoothed curve's first minimum that is followed by a rise of more than
+             RISE = 15 % of the whole fall (and than the noise)
     LRMIN    LRMAX / 10, for a cycle without annihilation (Smith, arXiv 1803.09820, section 4.1,
              where the range given is a tenth to a twentieth)
 
@@ -47,12 +47,11 @@ class Curve(NamedTuple):
 
 
 class Suggestion(NamedTuple):
+    """What `suggest` read off a curve."""
     lr_min: float
     lr_max: float
     onset: float
 
-
-# ------------------------------------------------------------------------------------ measuring
 
 @contextlib.contextmanager
 def everything_restored(model, optimizer, scaler=None):
@@ -68,8 +67,7 @@ def everything_restored(model, optimizer, scaler=None):
     python_state, numpy_state = random.getstate(), np.random.get_state()
     with torch.random.fork_rng(devices):                  # the CPU's and the GPU's generator
         try:
-            for p in model.parameters():
-                p.grad = None                             # not to be zeroed or added to: put aside
+            model.zero_grad(set_to_none=True)             # puts the old gradients aside, untouched
             yield
         finally:
             model.load_state_dict(saved[0])
@@ -78,8 +76,8 @@ def everything_restored(model, optimizer, scaler=None):
                 scaler.load_state_dict(saved[2])
             for module, mode in modes.items():
                 module.training = mode
-            for p, gradient in zip(model.parameters(), gradients):
-                p.grad = gradient
+            for parameter, gradient in zip(model.parameters(), gradients):
+                parameter.grad = gradient
             random.setstate(python_state)
             np.random.set_state(numpy_state)
 
@@ -92,10 +90,9 @@ def range_test(model, optimizer, loss, batches, *, lr_start=LR_START, lr_end=LR_
     them, and the iterable of (inputs, labels), exactly as for the training run. autocast and scaler
     (a GradScaler) are for mixed precision. shape is "exponential" or "linear".
 
-    Point k of the curve is the loss of batch k *before* the step with lr_k, so it shows what the
-    rates up to lr_(k-1) did; at 100 steps that is a shift of one percent. The sweep ends before
-    `steps` when the loss diverges or the batches run out; a loss that is not finite ends it at once
-    and is not part of the curve. All is restored afterwards.
+    Point k of the curve is the loss of batch k *before* the step with lr_k: what the rates up to
+    lr_(k-1) did, a hundredth of the sweep away. It ends before `steps` when the loss diverges or
+    the batches run out; a loss that is not finite ends it at once and is not part of the curve.
     """
     if not (0 < lr_start < lr_end and steps > 1):
         raise ValueError("a sweep needs 0 < lr_start < lr_end and at least 2 steps")
@@ -133,12 +130,10 @@ def range_test(model, optimizer, loss, batches, *, lr_start=LR_START, lr_end=LR_
 
 
 def enough(running, lowest, losses):
-    """Is there nothing more to learn from this sweep?
+    """Is LRMAX behind us? Half of all that was gained is lost again, or the loss runs away.
 
-    'n times the lowest loss' (n = 4 or 5), the usual rule, fails twice: with batch normalisation the
-    loss stays bounded, as the weights' scale does not matter, and never gets there; and where the
-    lowest loss is next to nothing, noise gets there. So: half of all that was gained is lost again;
-    or nothing was gained, and the loss is 4 times what it was at the start.
+    The usual rule, 4 times the lowest loss, fails twice: with batch normalisation the loss stays
+    bounded, as the weights' scale does not matter; and next to a loss of almost 0 noise is enough.
     """
     if len(losses) < FEWEST:
         return False
@@ -149,13 +144,11 @@ def enough(running, lowest, losses):
     return running > 4 * first
 
 
-# -------------------------------------------------------------------------------------- reading
-
 def smooth(losses):
     """Average each loss with its neighbours, near ones more, as many on one side as on the other.
 
     Being central it moves no minimum along the axis, as a running average would. The weights are
-    a Hann window's, cos^2; at the ends the window shrinks, evenly on both sides.
+    cos^2, a Hann window's; at the ends the window shrinks, evenly on both sides.
     """
     half = max(WIDTH, len(losses) // 20)
     smoothed = []
@@ -180,9 +173,8 @@ def suggest(curve):
     if fall < max(FALL * abs(start), 3 * noise):
         raise NotFound("the loss never falls clearly: start the sweep lower, use larger batches or "
                        "more steps, or check model and data")
-    # LRMAX: walk along the curve and keep the lowest point so far, until the loss stands higher
-    # than that by RISE of the whole fall, and by more than the noise. Before half of the fall is
-    # done no rise counts: an early spike is no end.
+    # Walk along the curve and keep the lowest point so far, until the loss stands clearly higher.
+    # Before half of the fall is done no rise counts: an early spike is no end.
     best = 0
     for k, value in enumerate(smoothed):
         if value < smoothed[best]:
@@ -191,8 +183,7 @@ def suggest(curve):
             break
     else:
         raise NotFound("the loss falls to the end of the sweep: raise its highest learning rate")
-    # The onset: the last point before the minimum that is not yet 10 % down.
-    onset = max(k for k in range(best) if smoothed[k] > start - 0.1 * fall)
+    onset = max(k for k in range(best) if smoothed[k] > start - 0.1 * fall)    # not yet 10 % down
     return Suggestion(lrs[best] / 10, lrs[best], lrs[onset])
 
 
@@ -215,47 +206,48 @@ def plot(curve, ax, suggestion=None):
 
 def report(curve, path):
     """Draw the curve into the file `path`; return (Suggestion or None, one line of words)."""
-    import matplotlib
-    matplotlib.use("Agg")
     import matplotlib.pyplot as plt
     try:
-        suggestion = suggest(curve)
-        words = (f"LRMIN {suggestion.lr_min:.3g} LRMAX {suggestion.lr_max:.3g} "
-                 f"onset {suggestion.onset:.3g}")
-        if suggestion.lr_min < suggestion.onset:
+        found = suggest(curve)
+        words = f"LRMIN {found.lr_min:.3g} LRMAX {found.lr_max:.3g} onset {found.onset:.3g}"
+        if found.lr_min < found.onset:
             words += " (LRMIN is below the onset: the first steps will do little)"
     except NotFound as problem:
-        suggestion, words = None, f"not found: {problem}"
+        found, words = None, f"not found: {problem}"
     figure, ax = plt.subplots(figsize=(7, 4), layout="constrained")
-    plot(curve, ax, suggestion)
+    plot(curve, ax, found)
     figure.savefig(path, dpi=110)
     plt.close(figure)
-    return suggestion, words
+    return found, words
 
 
 def main():
     import argparse
+    import itertools
 
+    import model as recipe
     from data import Loader, load, normalisation
-    from model import (UserError, autocast, make_loss, make_model, make_optimizer, make_scaler,
-                       pick_device, precision)
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--data", default="auto", help="as for train.py (auto)")
     parser.add_argument("--data-dir", default="data", help="as for train.py (data)")
-    parser.add_argument("--steps", type=int, default=STEPS, help=f"batches of 512 ({STEPS})")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--steps", type=int, default=STEPS, help=f"batches ({STEPS})")
+    parser.add_argument("--seed", type=int, default=0, help="(0)")
     args = parser.parse_args()
-    device, data = pick_device(), load(args.data, args.data_dir)
-    model = make_model(device, args.seed, len(data.classes))
-    loader = Loader(data.train_images, data.train_labels, *normalisation(data.train_images), 512,
-                    precision(device), device)
-    curve = range_test(model, make_optimizer(model, LR_START), make_loss(),
-                       loader.endless(args.seed), steps=args.steps,
-                       autocast=lambda: autocast(device), scaler=make_scaler(device))
-    suggestion, words = report(curve, "lr_range.png")
+    if args.steps < FEWEST:
+        raise recipe.UserError(f"--steps {args.steps} are too few: take {FEWEST} or more")
+    device, data = recipe.pick_device(), load(args.data, args.data_dir)
+    batch_size = min(512 if data.real else 128, len(data.train_images))        # train.py's
+    loader = Loader(data.train_images, data.train_labels, *normalisation(data.train_images),
+                    batch_size, recipe.precision(device), device)
+    model = recipe.make_model(device, args.seed, len(data.classes))
+    curve = range_test(model, recipe.make_optimizer(model, LR_START), recipe.make_loss(),
+                       (batch for e in itertools.count() for batch in loader.epoch(args.seed, e)),
+                       steps=args.steps, autocast=lambda: recipe.autocast(device),
+                       scaler=recipe.make_scaler(device))
+    found, words = report(curve, "lr_range.png")
+    if not found:
+        raise recipe.UserError(words)
     print(words)
-    if suggestion is None:
-        raise UserError("no learning rate found; see lr_range.png")
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ read. The shape is David Page's ResNet-9 ("How to Train Your ResNet", 2018).
 import os
 import sys
 import zipfile
-from pathlib import Path
+from collections import Counter
 
 import torch
 from torch import nn
@@ -137,6 +137,25 @@ def make_scaler(device):
     return torch.amp.GradScaler(device.type, enabled=precision(device) == torch.float16)
 
 
+def float_tensors(model):
+    """Weights and BatchNorm's statistics, sharing the model's memory."""
+    return [tensor for tensor in model.state_dict().values() if tensor.is_floating_point()]
+
+
+@torch.no_grad()
+def accuracy(model, loader, flip=False):
+    """Share of the split that model gets right; flip: averaged over pictures and mirror images."""
+    model.eval()
+    correct = torch.zeros((), device=loader.images.device, dtype=torch.long)
+    for inputs, labels in loader.plain():
+        with autocast(inputs.device):
+            probabilities = model(inputs).exp()                                   # (B, classes)
+            if flip:
+                probabilities += model(inputs.flip(3)).exp()
+        correct += (probabilities.argmax(1) == labels).sum()
+    return correct.item() / len(loader.images)
+
+
 # --------------------------------------------------------------------- files, and what goes wrong
 
 class UserError(Exception):
@@ -149,11 +168,11 @@ def first_line(error):
 
 
 def run(main):
-    """Call main; of a UserError show the line on stderr, without traceback, and exit with 2."""
+    """Call main; of an error by the user show one line, without traceback, and exit with 2."""
     try:
         main()
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+    except (UserError, OSError) as error:         # OSError: no room, no permission, no such file
+        print(f"error: {first_line(error)}", file=sys.stderr)
         sys.exit(2)
 
 
@@ -169,7 +188,7 @@ def check_zip(path):
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror or error}") from error
     except Exception as error:         # zipfile meets a damaged header with a dozen exceptions
-        raise UserError(f"{path} is damaged or not the right kind of file ({error}): "
+        raise UserError(f"{path} is damaged or not the right kind of file ({first_line(error)}): "
                         f"make or copy it again") from error
 
 
@@ -184,15 +203,16 @@ def save(path, content):
         os.replace(aside, path)
     except (OSError, RuntimeError) as error:
         aside.unlink(missing_ok=True)
-        raise UserError(f"cannot write {path} ({error}): make room there or choose another --out; "
-                        f"what was saved before is whole") from error
+        raise UserError(f"cannot write {path} ({first_line(error)}): make room there or choose "
+                        f"another --out; what was saved before is whole") from error
 
 
-def restore(path):
-    """What `save` wrote, on the CPU, each checksum looked at and no pickled code run."""
+def restore(path, *names):
+    """The entries `names` of what `save` wrote; checksums are checked, no pickled code is run."""
     check_zip(path)
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        content = torch.load(path, map_location="cpu", weights_only=True)
+        return {name: content[name] for name in names}
     except Exception as error:         # whatever a zip that holds something else can raise
         raise UserError(f"{path} is no checkpoint of this program") from error
 
@@ -200,30 +220,23 @@ def restore(path):
 # -------------------------------------------------------------------------------------- the table
 
 def main():
-    model = CustomResNet()
-    rows = []
+    model, macs = CustomResNet(), Counter()
 
     def count(module, inputs, output):
-        # A multiply-accumulate for each weight, at each place where the weight is used:
-        # a convolution's weights at every output pixel, a linear layer's once.
-        positions = output[0, 0].numel() if output.dim() == 4 else 1
-        rows[-1][1] += module.weight.numel() * positions
+        # Each weight is used once at each output position: H x W of them in a convolution.
+        macs[module] += module.weight.numel() * output[0, 0].numel()
 
     for module in model.modules():
         if isinstance(module, (nn.Conv2d, nn.Linear)):
             module.register_forward_hook(count)
     x = torch.zeros(2, 3, 32, 32)
-    for name, stage in model.named_children():
-        rows.append([name, 0])
-        x = stage(x.flatten(1) if name == "fc" else x)
-        shape = " x ".join(map(str, x.shape[1:]))
-        parameters = sum(p.numel() for p in stage.parameters())
-        rows[-1] = [name, rows[-1][1], shape, parameters]
-
     print(f"{'stage':8}{'output':>14}{'parameters':>14}{'MACs':>14}")
-    for name, macs, shape, parameters in rows:
-        print(f"{name:8}{shape:>14}{parameters:14,}{macs:14,}")
-    print(f"{'all':8}{'':14}{sum(r[3] for r in rows):14,}{sum(r[1] for r in rows):14,}")
+    for name, stage in model.named_children():
+        x = stage(x.flatten(1) if name == "fc" else x)
+        print(f"{name:8}{' x '.join(map(str, x.shape[1:])):>14}"
+              f"{sum(p.numel() for p in stage.parameters()):14,}"
+              f"{sum(macs[module] for module in stage.modules()):14,}")
+    print(f"{'all':22}{sum(p.numel() for p in model.parameters()):14,}{macs.total():14,}")
 
 
 if __name__ == "__main__":

@@ -43,7 +43,8 @@ def one_cycle(step, total, peak, low, high, shape="linear", end=None):
     elif step == peak:            # by itself, since either slope may have no steps at all
         return high
     else:
-        start, stop, fraction = high, low if end is None else end, (step - peak) / (total - 1 - peak)
+        start, stop = high, low if end is None else end
+        fraction = (step - peak) / (total - 1 - peak)
     if shape == "cosine":
         fraction = (1 - math.cos(math.pi * fraction)) / 2
     elif shape != "linear":

@@ -6,16 +6,18 @@ Oracles: torch's OneCycleLR and AveragedModel, torchvision's transforms, closed 
 computation written a second time. GPU tests skip where there is no GPU; there the Triton kernel runs
 through Triton's interpreter, and is compiled for four generations of GPUs, which needs none.
 """
+import contextlib
 import copy
+import io
+import json
 import math
 import os
 import pickle
 import random
+import re
 import signal
 import subprocess
 import sys
-import tarfile
-import zipfile
 from hashlib import md5
 from pathlib import Path
 
@@ -26,7 +28,8 @@ import torch.nn.functional as F
 import torchvision
 import torchvision.transforms.v2.functional as T
 from torch import nn
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch.optim.swa_utils import AveragedModel
+from torch.utils._pytree import tree_map
 
 import data
 import lrfinder
@@ -269,7 +272,7 @@ def test_kernel_compiles_for_four_generations_of_gpus_without_one():
     done = python("""
 import triton, data
 from triton.backends.compiler import GPUTarget
-sizes = {"SIZE": 32, "PAD": 4, "CUT": 8, "LANES": 128}
+sizes = {"SIZE": 32, "PAD": 4, "CUT": 8}
 for capability in (75, 80, 90, 100):
     for out in ("*fp32", "*fp16", "*bf16"):
         types = {"images": "*u8", "draws": "*i32", "mean": "*fp32", "inverse_std": "*fp32",
@@ -471,13 +474,18 @@ class Small(nn.Module):
         return self.layers(x)
 
 
+def with_bytes(tree):
+    """The nested dicts and lists of a state, each tensor or array as bytes, so that == compares."""
+    return tree_map(lambda leaf: np.asarray(leaf).tobytes() if hasattr(leaf, "__array__") else leaf,
+                    tree)
+
+
 def state(net, optimizer):
-    """Everything that has to be what it was, as comparable bytes."""
+    """Everything that has to be what it was."""
     parts = (net.state_dict(), optimizer.state_dict(), [m.training for m in net.modules()],
              [p.grad for p in net.parameters()], torch.get_rng_state(), random.getstate(),
              np.random.get_state())
-    return pickle.dumps(torch.utils._pytree.tree_map(
-        lambda leaf: leaf.numpy().tobytes() if isinstance(leaf, torch.Tensor) else leaf, parts))
+    return with_bytes(parts)
 
 
 @pytest.mark.parametrize("kind", ["SGD", "Adam"])
@@ -587,3 +595,363 @@ def test_plot_draws_on_the_axis_it_is_given():
     lrfinder.plot(curve, ax, lrfinder.suggest(curve))
     assert ax.get_xscale() == "log"
     assert {"LRMIN", "LRMAX", "onset"} <= {text.get_text().split()[0] for text in ax.texts}
+
+
+def test_range_test_can_be_copied_it_needs_nothing_else_of_the_project():
+    done = python("import sys, lrfinder; print(sorted({'model', 'data', 'onecycle', 'train', "
+                  "'torchvision'} & set(sys.modules)))")
+    assert done.stdout.strip() == "[]", done.stderr
+
+
+# ------------------------------------------------------------------------------------- whole runs
+
+def command(*arguments, main=train.main):
+    """`python train.py arguments` in this process: exit status, and what went to stdout and stderr."""
+    out, err = io.StringIO(), io.StringIO()
+    with (pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(out),
+          contextlib.redirect_stderr(err)):
+        patch.setattr(sys, "argv", ["train.py", *map(str, arguments)])
+        try:
+            model.run(main)
+        except SystemExit as end:
+            return end.code, out.getvalue(), err.getvalue()
+    return 0, out.getvalue(), err.getvalue()
+
+
+def options(folder):
+    return ["--data", folder / "own.npz", "--epochs", 3, "--batch-size", 8, "--lr-max", 0.1]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """own.npz, 32 pictures to train on and 16 to test, and `whole`, a run of 3 epochs of 4 steps."""
+    folder = tmp_path_factory.mktemp("runs")
+    np.savez(folder / "own.npz", **small_arrays())
+    status, _, err = command(*options(folder), "--out", folder / "whole")
+    assert status == 0, err
+    return folder
+
+
+def outcome(run):
+    """All that a run ends with, but for its seconds, as plain objects that == compares."""
+    content = model.restore(run / "checkpoint.pt", *train.CHECKPOINT)
+    for row in content["history"]:
+        del row["seconds"], row["speed"]
+    content.update(model.restore(run / "model.pt", "weights"))
+    return with_bytes(content)
+
+
+def test_same_seed_same_run_bit_for_bit_and_another_seed_another(folder):
+    for seed, same in ((0, True), (1, False)):
+        assert command(*options(folder), "--seed", seed, "--out", folder / f"again{seed}")[0] == 0
+        assert (outcome(folder / f"again{seed}") == outcome(folder / "whole")) == same
+
+
+# Runs the command line in sys.argv and stops as sys.argv[1:3] say: at an optimizer step, or with half
+# of a checkpoint written; by SIGKILL, or as Ctrl-C does.
+CUT_OFF = """
+import os, signal, sys, torch, onecycle, train
+from model import run
+where, count = sys.argv[1], int(sys.argv[2])
+seen = 0
+
+def die():
+    global seen
+    seen += 1
+    if seen == count:
+        if where == "interrupt":
+            raise KeyboardInterrupt
+        os.kill(os.getpid(), signal.SIGKILL)
+
+if where == "save":
+    whole_save = torch.save
+    def save(content, file):
+        if seen == count - 1:
+            file.write(b"PK half of a checkpoint" * 1000)
+            file.flush()
+        die()
+        whole_save(content, file)
+    torch.save = save
+else:
+    whole_set = onecycle.OneCycle.set
+    def set(self, step):
+        die()
+        return whole_set(self, step)
+    onecycle.OneCycle.set = set
+sys.argv[1:] = sys.argv[3:]
+run(train.main)
+"""
+
+
+@pytest.mark.parametrize("where, count", [("step", 7), ("save", 3)])
+def test_a_run_killed_and_resumed_ends_as_the_uninterrupted_run_bit_for_bit(folder, where, count):
+    out = folder / f"killed-{where}"
+    done = python(CUT_OFF, where, count, *options(folder), "--out", out)
+    assert done.returncode == -signal.SIGKILL, done.stderr
+    assert command("--resume", out)[0] == 0
+    assert outcome(out) == outcome(folder / "whole")
+
+
+def test_ctrl_c_ends_with_one_line_that_tells_how_to_go_on(folder):
+    out = folder / "interrupted"
+    done = python(CUT_OFF, "interrupt", 6, *options(folder), "--out", out)
+    assert done.returncode == 130
+    assert done.stderr.strip().count("\n") == 0 and f"--resume {out}" in done.stderr
+    assert command("--resume", out)[0] == 0
+    assert outcome(out) == outcome(folder / "whole")
+
+
+def test_a_finished_run_resumed_stays_as_it_is(folder):
+    before = outcome(folder / "whole")
+    status, out, _ = command("--resume", folder / "whole")
+    assert status == 0 and "last epoch" in out and outcome(folder / "whole") == before
+
+
+def test_results_say_what_the_saved_weights_do(folder):
+    saved = model.restore(folder / "whole" / "model.pt", "weights", "classes", "mean",
+                          "inverse_std", "last_epoch")
+    net = model.CustomResNet(len(saved["classes"])).eval()
+    net.load_state_dict(saved["weights"])
+    own = data.load(folder / "own.npz")
+    x = ((own.test_images - saved["mean"]) * saved["inverse_std"]).permute(0, 3, 1, 2)
+    right = (net(x).argmax(1) == own.test_labels).float().mean().item()
+    assert right == pytest.approx(saved["last_epoch"]["averaged"])
+    history = json.loads((folder / "whole" / "history.json").read_text())["history"]
+    assert history[-1] == saved["last_epoch"] and len(history) == 3
+    assert history[-1]["lr"] == pytest.approx(0.01)          # no annihilation: LRMAX / 10
+    assert (folder / "whole" / "curves.png").stat().st_size > 1000
+
+
+def test_several_runs_print_mean_and_standard_deviation(folder):
+    status, out, err = command(*options(folder), "--epochs", 1, "--runs", 2, "--out",
+                               folder / "several")
+    assert status == 0, err
+    results = [model.restore(folder / "several" / f"seed{s}" / "model.pt", "last_epoch")
+               ["last_epoch"]["averaged"] for s in (0, 1)]
+    assert f"2 runs: {np.mean(results):.2%} +- {np.std(results, ddof=1):.2%}" in out
+
+
+def test_the_range_test_before_a_run_changes_nothing_but_the_learning_rate(folder):
+    """A run that searches, finds nothing on noise and takes the constant, is the run given it."""
+    few = ["--data", folder / "own.npz", "--epochs", 1, "--batch-size", 8, "--out"]
+    assert command(*few, folder / "searched")[0] == 0
+    assert command(*few, folder / "given", "--lr-max", train.LR_MAX)[0] == 0
+    assert outcome(folder / "searched") == outcome(folder / "given")
+    assert (folder / "searched" / "lr_range.png").exists()
+
+
+class Recorder:
+    """Stands in for the schedule: keeps the weights as they are before every step."""
+
+    def __init__(self, net):
+        self.net, self.weights = net, []
+
+    def set(self, step):
+        self.weights.append(copy.deepcopy(self.net))
+        return 0.01
+
+
+def test_averaged_weights_are_torchs_averaged_model():
+    net = model.make_model(CPU)
+    average, recorder = copy.deepcopy(net), Recorder(net)
+    images = torch.from_numpy(small_arrays()["train_images"])
+    loader = data.Loader(images, torch.arange(32) % 4, MEAN, INVERSE_STD, 4, torch.float32, CPU)
+    train.train_epoch(net, average, model.make_optimizer(net, 0.01), model.make_scaler(CPU),
+                      recorder, loader, seed=0, epoch=0)
+
+    def blend(averaged, current, count):       # count is 1 for the first step after the start
+        d = min(0.99, count / (count + 9))
+        return d * averaged + (1 - d) * current if averaged.is_floating_point() else current
+
+    oracle = AveragedModel(recorder.weights[0], avg_fn=blend, use_buffers=True)
+    for weights in [*recorder.weights, net]:
+        oracle.update_parameters(weights)
+    for ours, theirs in zip(model.float_tensors(average), model.float_tensors(oracle.module),
+                            strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-6)
+
+
+class Constant(nn.Module):
+    """Sees class 1 in every picture whose left half is lighter, else class 0."""
+
+    def forward(self, x):
+        light = x[..., :16].mean((1, 2, 3)) - x[..., 16:].mean((1, 2, 3))
+        return torch.stack([torch.zeros_like(light), 3 * light + 0.1], 1).log_softmax(1)
+
+
+def test_accuracy_counts_right_answers_and_flip_averages_over_mirror_images():
+    images = torch.zeros(6, 32, 32, 3, dtype=torch.uint8)
+    images[:4, :, :16] = 255                                  # the first four: lighter on the left
+    loader = data.Loader(images, torch.tensor([1, 1, 1, 0, 0, 1]), MEAN, INVERSE_STD, 4,
+                         torch.float32, CPU)
+    assert model.accuracy(Constant(), loader) == pytest.approx(4 / 6)
+    assert model.accuracy(Constant(), loader, flip=True) == pytest.approx(4 / 6)
+    mirrored = data.Loader(images.flip(2), loader.labels, MEAN, INVERSE_STD, 4, torch.float32, CPU)
+    assert model.accuracy(Constant(), mirrored) == pytest.approx(2 / 6)
+    assert model.accuracy(Constant(), mirrored, flip=True) == pytest.approx(4 / 6)
+
+
+# ----------------------------------------------------------------------------- what can go wrong
+
+def with_arrays(**changes):
+    """A function that writes an .npz to a path with some arrays changed, or left out where None."""
+    arrays = {**small_arrays(), **changes}
+    return lambda path: np.savez(path, **{k: v for k, v in arrays.items() if v is not None})
+
+
+def damaged(at, write=None):
+    """Writes an .npz, or copies a checkpoint, with the byte at a share `at` of its length changed."""
+    def damage(path):
+        (write or with_arrays())(path)
+        content = bytearray(path.read_bytes())
+        content[int(len(content) * at)] ^= 0x10
+        path.write_bytes(content)
+    return damage
+
+
+def cut(path):
+    with_arrays()(path)
+    path.write_bytes(path.read_bytes()[:5000])
+
+
+labels = small_arrays()["train_labels"]
+BAD_FILES = [                                     # how to make the .npz, and the words of the line
+    (lambda path: None, "No such file"),
+    (lambda path: path.mkdir(), "Is a directory|cannot read|damaged"),
+    (lambda path: path.write_bytes(b""), "damaged or not"),
+    (lambda path: path.write_text("not an npz\n" * 50), "damaged or not"),
+    (cut, "damaged or not"),
+    (damaged(0.5), "wrong checksum|damaged"),
+    (with_arrays(test_labels=None), "test_labels"),
+    (with_arrays(train_images=np.zeros((32, 3, 32, 32), np.uint8)), "train_images must be uint8"),
+    (with_arrays(train_images=np.zeros((32, 32, 32, 3), np.float32)), "train_images must be uint8"),
+    (with_arrays(test_images=np.zeros((0, 32, 32, 3), np.uint8)), "test_images must be uint8"),
+    (with_arrays(train_labels=labels[:-1]), "32 integers"),
+    (with_arrays(train_labels=labels / 2), "32 integers"),
+    (with_arrays(train_labels=labels - 1), "must be 0 .. 3"),
+    (with_arrays(train_labels=labels * 2), "must be 0 .. 3"),
+    (with_arrays(test_labels=np.full(16, 4)), "must be 0 .. 3"),
+    (with_arrays(train_labels=labels.astype(object)), "allow_pickle"),
+]
+
+
+@pytest.mark.parametrize("write, words", BAD_FILES)
+def test_a_bad_npz_gets_one_line_and_status_2(tmp_path, write, words):
+    write(tmp_path / "bad.npz")
+    status, _, err = command("--data", tmp_path / "bad.npz", "--out", tmp_path / "out")
+    assert status == 2 and err.count("\n") == 1 and re.search(words, err), err
+    assert not (tmp_path / "out").exists()
+
+
+BAD_OPTIONS = [                                   # {} is the folder with own.npz and the run `whole`
+    ("--epochs 0", "--epochs 0: it must lie in 1"),
+    ("--epochs many", "invalid int value: 'many'"),
+    ("--epochs", "expected one argument"),
+    ("--batch-size 0", "--batch-size 0: it must lie in 2 .. 32"),
+    ("--batch-size 33", "--batch-size 33: it must lie in 2 .. 32"),
+    ("--lr-max 0", "--lr-max 0.0: it must lie in"),
+    ("--lr-max -0.1", "--lr-max -0.1: it must lie in"),
+    ("--lr-max nan", "--lr-max nan: it must lie in"),
+    ("--peak-epoch 4", "--peak-epoch 4.0: it must lie in 0 .. 3"),
+    ("--peak-epoch -1", "--peak-epoch -1.0: it must lie in 0 .. 3"),
+    ("--seed -1", "--seed -1: it must lie in 0"),
+    ("--seed 4294967296", "--seed 4294967296: it must lie in 0"),
+    ("--runs 0", "--runs must be 1"),
+    ("--warmup 3", "unrecognized arguments: --warmup 3"),
+    ("--out {}/whole", "holds a run: go on with --resume"),
+    ("--out {}/own.npz", "name another --out"),
+    ("--out /proc/nowhere/out", "name another --out"),
+    ("--resume {}/nowhere", "No such file"),
+    ("--resume {}/whole --epochs 4", "--epochs 4 differs from this run's 3"),
+    ("--resume {}/whole --seed 1", "--seed 1 differs from this run's 0"),
+    ("--resume {}/whole --batch-size 16", "--batch-size 16 differs from this run's 8"),
+    ("--resume {}/whole --data synthetic", "other images than this run"),
+    ("--resume {}/whole --out {}/other", "--resume goes without"),
+    ("--data cifar10 --data-dir {}/empty", "cannot be read from .* nor downloaded"),
+    ("--data cifar10 --data-dir {}/own.npz", "cannot be read from .* nor downloaded"),
+]
+
+
+@pytest.mark.parametrize("words, line", BAD_OPTIONS, ids=[words for words, _ in BAD_OPTIONS])
+def test_a_bad_option_gets_one_line_and_status_2(folder, monkeypatch, words, line):
+    monkeypatch.setattr(torchvision.datasets.CIFAR10, "url", "file:///nowhere/cifar.tar.gz")
+    before = outcome(folder / "whole")
+    arguments = words.replace("{}", str(folder)).split()
+    given = [] if "--resume" in arguments else options(folder)
+    out = [] if {"--resume", "--out"} & set(arguments) else ["--out", folder / "never"]
+    status, _, err = command(*given, *out, *arguments)
+    assert status == 2 and err.count("\n") == 1 and re.search(line, err), err
+    assert not (folder / "never").exists() and outcome(folder / "whole") == before
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_overwrites_nothing(folder):
+    out = folder / "diverged"
+    status, _, err = command(*options(folder), "--lr-max", 1e9, "--out", out)
+    assert status == 2 and err.count("\n") == 1 and "try --lr-max" in err, err
+    kept = model.restore(out / "checkpoint.pt", *train.CHECKPOINT)
+    assert all(math.isfinite(row["loss"]) for row in kept["history"])
+    assert all(tensor.isfinite().all() for tensor in kept["average"].values())
+
+
+def test_a_full_disk_leaves_the_last_whole_checkpoint(tmp_path, monkeypatch):
+    model.save(tmp_path / "checkpoint.pt", {"epoch": 1})
+
+    def full(content, file):
+        file.write(b"some")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(torch, "save", full)
+    with pytest.raises(model.UserError, match="No space left"):
+        model.save(tmp_path / "checkpoint.pt", {"epoch": 2})
+    assert model.restore(tmp_path / "checkpoint.pt", "epoch") == {"epoch": 1}
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint.pt"]
+
+
+def test_100_truncations_and_100_flipped_bytes_never_go_unnoticed(tmp_path):
+    """Of a checkpoint and of an .npz: an error, or, in bytes that mean nothing, the right content."""
+    rng, path = np.random.default_rng(0), tmp_path / "file.npz"
+    own = {name: array[:4] for name, array in small_arrays().items()}
+    weights = {"settings": {"seed": 1}, "weights": torch.arange(500.0)}
+    model.save(tmp_path / "file.pt", weights)
+    np.savez(path, **own)
+    good = data.fingerprint(data.load(path))
+    errors = 0
+    for name in ("file.pt", "file.npz"):
+        content = (tmp_path / name).read_bytes()
+        for k in range(200):
+            broken = bytearray(content)
+            if k < 100:
+                broken = broken[:rng.integers(len(content))]
+            else:
+                broken[rng.integers(len(content))] ^= 1 << rng.integers(8)
+            (tmp_path / name).write_bytes(broken)
+            try:
+                if name == "file.npz":
+                    assert data.fingerprint(data.load(path)) == good
+                else:
+                    read = model.restore(tmp_path / name, *weights)
+                    assert read["settings"] == {"seed": 1}
+                    assert torch.equal(read["weights"], weights["weights"])
+            except model.UserError as error:
+                assert "\n" not in str(error)
+                errors += 1
+    assert errors > 300                           # 200 truncations, and most of the flips
+
+
+def test_a_gpu_that_triton_cannot_serve_means_plain_torch_said_once(monkeypatch, capsys):
+    def old(*arguments):
+        raise RuntimeError("compute capability 5.2 is not supported\nand more lines")
+
+    monkeypatch.setattr(data, "fused_augment", old)
+    monkeypatch.setattr(torch.Tensor, "to", lambda self, device: self)     # there is no GPU here
+    for _ in range(2):
+        assert data.pick_augment(torch.device("cuda:7")) is data.augment
+    err = capsys.readouterr().err
+    assert err.count("\n") == 1 and "compute capability 5.2" in err
+
+
+def test_help_names_every_option():
+    status, out, _ = command("-h")
+    assert status == 0
+    assert all(f"--{name}" in out for name in ("data", "data-dir", "epochs", "batch-size", "lr-max",
+                                               "peak-epoch", "seed", "runs", "out", "resume"))

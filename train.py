@@ -27,8 +27,8 @@ from tqdm import tqdm
 
 import lrfinder
 from data import Loader, fingerprint, load, normalisation
-from model import (UserError, autocast, make_loss, make_model, make_optimizer, make_scaler,
-                   pick_device, precision, restore, run, save)
+from model import (UserError, accuracy, autocast, float_tensors, make_loss, make_model,
+                   make_optimizer, make_scaler, pick_device, precision, restore, run, save)
 from onecycle import EPOCHS, PEAK_EPOCH, OneCycle
 
 matplotlib.use("Agg")     # pictures go to files; no screen is needed
@@ -36,23 +36,16 @@ matplotlib.use("Agg")     # pictures go to files; no screen is needed
 LR_MAX = 0.4              # where the range test finds nothing
 AVERAGE_DECAY = 0.99      # d: an average over about the last 100 steps, one epoch
 FULL = {"epochs": EPOCHS, "batch_size": 512}
-DEMO = {"epochs": 4, "batch_size": 128}      # on the 2,560 generated pictures: 80 steps
-ROW = "{epoch:5}{lr:9.4f}{loss:8.4f}{train:9.2%}{raw:9.2%}{averaged:10.2%}{seconds:8.1f}{speed:10,.0f}"
-
-
-# -------------------------------------------------------------------------------------- training
-
-def float_tensors(model):
-    """Weights and BatchNorm's statistics, sharing the model's memory."""
-    return [tensor for tensor in model.state_dict().values() if tensor.is_floating_point()]
-
+DEMO = {"epochs": 4, "batch_size": 128}      # on the 2,560 generated images: 80 steps
+CHECKPOINT = "settings", "history", "model", "average", "optimizer", "scaler"
+ROW = ("{epoch:5}{lr:9.4f}{loss:8.4f}{train:9.2%}{raw:9.2%}{averaged:10.2%}{seconds:8.1f}"
+       "{speed:10,.0f}")
 
 def train_epoch(model, average, optimizer, scaler, schedule, loader, seed, epoch):
     """One pass over the training set; returns the last learning rate, mean loss and accuracy."""
     device, loss_function = loader.images.device, make_loss()
     weights, averages = float_tensors(model), float_tensors(average)
-    loss_sum = torch.zeros((), device=device)
-    correct = torch.zeros((), device=device, dtype=torch.long)
+    loss_sum, correct = torch.zeros(2, device=device)
     model.train()
     batches = tqdm(loader.epoch(seed, epoch), f"epoch {epoch + 1}", len(loader), leave=False,
                    disable=None)                         # None: no bar where it is no terminal
@@ -74,36 +67,20 @@ def train_epoch(model, average, optimizer, scaler, schedule, loader, seed, epoch
     return lr, loss_sum.item() / len(loader), correct.item() / (len(loader) * loader.batch_size)
 
 
-@torch.no_grad()
-def accuracy(model, loader, flip=False):
-    """Share of the split that model gets right; flip: averaged over pictures and mirror images."""
-    model.eval()
-    correct = torch.zeros((), device=loader.images.device, dtype=torch.long)
-    for inputs, labels in loader.plain():
-        with autocast(inputs.device):
-            probabilities = model(inputs).exp()                                   # (B, classes)
-            if flip:
-                probabilities += model(inputs.flip(3)).exp()
-        correct += (probabilities.argmax(1) == labels).sum()
-    return correct.item() / len(loader.images)
-
-
 def find_lr_max(model, optimizer, scaler, loader, seed, out):
     """LRMAX by the range test on the training batches, or the documented constant."""
     start, device = time.time(), loader.images.device
     # At most four epochs' worth: on a small set a long search would outweigh the training.
     steps = min(lrfinder.STEPS, 4 * len(loader))
-    with tqdm(loader.endless(seed), "range test", steps, leave=False, disable=None) as bar:
+    batches = (batch for e in itertools.count() for batch in loader.epoch(seed, e))
+    with tqdm(batches, "range test", steps, leave=False, disable=None) as bar:
         curve = lrfinder.range_test(model, optimizer, make_loss(), bar, steps=steps, scaler=scaler,
                                     autocast=lambda: autocast(device))
-    suggestion, words = lrfinder.report(curve, out / "lr_range.png")
-    if suggestion is None:
-        words += f"; going on with LRMAX {LR_MAX}"
-    print(f"search    {len(curve.lrs)} steps, {time.time() - start:.0f} s: {words}", flush=True)
-    return suggestion.lr_max if suggestion else LR_MAX
+    found, words = lrfinder.report(curve, out / "lr_range.png")
+    print(f"search    {len(curve.lrs)} steps in {time.time() - start:.0f} s: {words}"
+          f"{'' if found else f'; going on with LRMAX {LR_MAX}'}", flush=True)
+    return found.lr_max if found else LR_MAX
 
-
-# -------------------------------------------------------------------------------------- settings
 
 def parse():
     """The options that were given, by name."""
@@ -118,9 +95,9 @@ def parse():
         "pictures (default); cifar10; synthetic; or an .npz with train_images, train_labels, "
         "test_images and test_labels: uint8 N x 32 x 32 x 3 and integers")
     add("--data-dir", metavar="DIR", help="where CIFAR-10 is, or is downloaded to (data)")
-    add("--epochs", metavar="N", type=int, help=f"({EPOCHS}; generated pictures {DEMO['epochs']})")
+    add("--epochs", metavar="N", type=int, help=f"({EPOCHS}; generated images {DEMO['epochs']})")
     add("--batch-size", metavar="N", type=int,
-        help=f"(512; generated pictures {DEMO['batch_size']})")
+        help=f"(512; generated images {DEMO['batch_size']})")
     add("--lr-max", metavar="LR", type=float, help="LRMAX, instead of searching for it")
     add("--peak-epoch", metavar="E", type=float,
         help=f"epochs until the learning rate is LRMAX ({PEAK_EPOCH}/{EPOCHS} of all)")
@@ -134,46 +111,41 @@ def parse():
 
 def settle(given, resume):
     """Settings, data set and checkpoint (None for a new run) from the options that were given."""
-    checkpoint = restore(Path(resume, "checkpoint.pt")) if resume else None
+    checkpoint = restore(Path(resume, "checkpoint.pt"), *CHECKPOINT) if resume else None
     settings = {"data": "auto", "data_dir": "data", "seed": 0, "lr_max": None}
     if checkpoint:
         settings = checkpoint["settings"]
         for name in given.keys() - {"data", "data_dir"}:       # files may move: compared below
             if given[name] != settings[name]:
-                raise UserError(f"{option(name)} {given[name]} differs from this run's "
-                                f"{settings[name]}: leave it out, or start a new run")
+                raise UserError(f"--{name} {given[name]} differs from this run's {settings[name]}: "
+                                f"leave it out, or start a new run".replace("_", "-"))
     settings = {**settings, **given}
     data = load(settings["data"], settings["data_dir"])
     if settings.setdefault("fingerprint", fingerprint(data)) != fingerprint(data):
-        raise UserError(f"{data.name} has other pictures than this run: name the same with --data")
+        raise UserError(f"{data.name} has other images than this run: name the same with --data")
     settings = {**(FULL if data.real else DEMO), **settings}
     settings.setdefault("peak_epoch", settings["epochs"] * PEAK_EPOCH / EPOCHS)
     for name, least, most in (("epochs", 1, 10_000), ("batch_size", 2, len(data.train_images)),
                               ("peak_epoch", 0, settings["epochs"]), ("seed", 0, 2**32 - 1),
                               ("lr_max", 1e-9, 1e9)):
         if settings[name] is not None and not least <= settings[name] <= most:
-            raise UserError(f"{option(name)} {settings[name]}: it must lie in {least} .. {most}")
+            raise UserError(f"--{name.replace('_', '-')} {settings[name]}: it must lie in "
+                            f"{least} .. {most}")
     return settings, data, checkpoint
 
 
-def option(name):
-    return "--" + name.replace("_", "-")
-
-
 def make_folder(out):
-    """Make the folder of a new run: `out`, or where that is None the first free of runs/1, ..."""
-    free = (path for k in itertools.count(1) if not (path := Path("runs", str(k))).exists())
-    out = Path(out) if out else next(free)
+    """The folder of a new run: `out`, or where that is None the first free one of runs/1, ..."""
+    out = Path(out or next(name for k in itertools.count(1)
+                           if not Path(name := f"runs/{k}").exists()))
+    if (out / "checkpoint.pt").exists():
+        raise UserError(f"{out} holds a run: go on with --resume {out}, or name another --out")
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"cannot make {out} ({error.strerror}): name another --out") from error
-    if (out / "checkpoint.pt").exists():
-        raise UserError(f"{out} holds a run: go on with --resume {out}, or name another --out")
     return out
 
-
-# ------------------------------------------------------------------------------------ a whole run
 
 def build(settings, data):
     """The parts that a checkpoint holds, by name, and the loaders of the two splits."""
@@ -182,15 +154,14 @@ def build(settings, data):
     parts = {"model": model, "average": copy.deepcopy(model),
              "optimizer": make_optimizer(model, LR_MAX), "scaler": make_scaler(device)}
     same = (*normalisation(data.train_images), settings["batch_size"], precision(device), device)
-    train_loader = Loader(data.train_images, data.train_labels, *same)
-    test_loader = Loader(data.test_images, data.test_labels, *same)
-    name = (torch.cuda.get_device_name(device) if device.type == "cuda"
-            else f"{device.type}, {torch.get_num_threads()} threads")
-    print(f"device    {name}; {str(precision(device))[6:]}, channels_last, "
-          f"{train_loader.augment.__name__}\n"
-          f"data      {data.name}: {len(data.train_images):,} to train, {len(data.test_images):,} to "
-          f"test, {len(data.classes)} classes{'' if data.real else '. THIS IS NOT CIFAR-10'}")
-    return parts, train_loader, test_loader
+    loaders = [Loader(data.train_images, data.train_labels, *same),
+               Loader(data.test_images, data.test_labels, *same)]
+    name = torch.cuda.get_device_name() if device.type == "cuda" else device.type
+    print(f"device    {name}, {torch.get_num_threads()} threads; {precision(device)}, "
+          f"channels_last, {loaders[0].augment.__name__}\n"
+          f"data      {data.name}: {len(data.train_images):,} to train, {len(data.test_images):,} "
+          f"to test, {len(data.classes)} classes{'' if data.real else '. THIS IS NOT CIFAR-10'}")
+    return parts, *loaders
 
 
 def train_run(settings, data, checkpoint, out):
@@ -198,8 +169,9 @@ def train_run(settings, data, checkpoint, out):
     parts, train_loader, test_loader = build(settings, data)
     seed, epochs, steps = settings["seed"], settings["epochs"], len(train_loader)
     history = checkpoint["history"] if checkpoint else []
-    for name, part in parts.items() if checkpoint else ():
-        part.load_state_dict(checkpoint[name])
+    for name, part in parts.items():
+        if checkpoint and checkpoint[name]:
+            part.load_state_dict(checkpoint[name])
     if settings["lr_max"] is None:
         settings["lr_max"] = find_lr_max(parts["model"], parts["optimizer"], parts["scaler"],
                                          train_loader, seed, out)
@@ -209,30 +181,25 @@ def train_run(settings, data, checkpoint, out):
           f"{schedule.lr_min:.3g}, {schedule.lr_max:.3g} at step {peak}, {schedule.lr_min:.3g} at "
           f"the end; seed {seed}\nresults   {out}\n\n"
           f"epoch       lr    loss    train      raw  averaged       s  images/s")
-    if not checkpoint:
-        save_run(out, settings, history, parts)       # the search's result is worth keeping already
     for row in history:
         print(ROW.format(**row))
-    for epoch in range(len(history), epochs):
-        start = time.time()
+    while True:
+        save(out / "checkpoint.pt", {"settings": settings, "history": history,
+                                     **{name: part.state_dict() for name, part in parts.items()}})
+        if len(history) == epochs:
+            return finish(settings, data, parts["average"], history, test_loader, out)
+        start, epoch = time.time(), len(history)
         lr, loss, train_accuracy = train_epoch(**parts, schedule=schedule, loader=train_loader,
                                                seed=seed, epoch=epoch)
         seconds = time.time() - start
-        if not math.isfinite(loss):                   # one look an epoch, and nothing overwritten
-            raise UserError(f"the loss is {loss} in epoch {epoch + 1} at learning rate {lr:.3g}: try "
-                            f"--lr-max {schedule.lr_max / 4:.2g}; {out} still holds epoch {epoch}")
+        if not math.isfinite(loss):                # one look an epoch, and nothing overwritten
+            raise UserError(f"the loss is {loss} in epoch {epoch + 1} at learning rate {lr:.3g}: "
+                            f"try --lr-max {schedule.lr_max / 4:.2g}; {out} holds epoch {epoch}")
         history.append({"epoch": epoch + 1, "lr": lr, "loss": loss, "train": train_accuracy,
                         "raw": accuracy(parts["model"], test_loader),
                         "averaged": accuracy(parts["average"], test_loader), "seconds": seconds,
                         "speed": steps * settings["batch_size"] / seconds})
-        save_run(out, settings, history, parts)
         print(ROW.format(**history[-1]), flush=True)
-    return finish(settings, data, parts["average"], history, test_loader, out)
-
-
-def save_run(out, settings, history, parts):
-    save(out / "checkpoint.pt", {"settings": settings, "history": history,
-                                 **{name: part.state_dict() for name, part in parts.items()}})
 
 
 def finish(settings, data, average, history, test_loader, out):
@@ -243,15 +210,15 @@ def finish(settings, data, average, history, test_loader, out):
         "inverse_std": test_loader.inverse_std, "settings": settings, "last_epoch": last})
     (out / "history.json").write_text(json.dumps({**settings, "history": history}, indent=1))
     figure, axes = plt.subplots(1, 2, figsize=(9, 3.6), layout="constrained")
-    for ax, keys in zip(axes, (("loss", "lr"), ("averaged", "raw", "train"))):
+    for ax, keys in zip(axes, (["loss"], ["averaged", "raw", "train"])):
         for key in keys:
             ax.plot([row["epoch"] for row in history], [row[key] for row in history], label=key)
-        ax.set(xlabel="epoch")
-        ax.legend()
+        ax.set(xlabel="epoch", ylabel="training loss" if keys == ["loss"] else "accuracy")
+    axes[1].legend()
     figure.savefig(out / "curves.png", dpi=100)
     plt.close(figure)
     print(f"\nlast epoch: {last['averaged']:.2%} of the test set right with averaged weights, "
-          f"{last['raw']:.2%} with raw ones\n(not the result: {flipped:.2%} with each picture and "
+          f"{last['raw']:.2%} with raw ones\n(not the result: {flipped:.2%} with each image and "
           f"its mirror image averaged)\n{out} holds model.pt, history.json and curves.png")
     if not data.real:
         print(f"THIS IS NOT CIFAR-10 but {data.name}; --data in -h tells how to get the real ones")
