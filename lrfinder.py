@@ -54,7 +54,7 @@ class Suggestion(NamedTuple):
 
 
 @contextlib.contextmanager
-def everything_restored(model, optimizer, scaler=None):
+def everything_restored(model, optimizer, scaler):
     """Put back, bit for bit and after an exception too, all that training changes.
 
     Weights, buffers, gradients, train/eval flags, optimizer and scaler state, random states.
@@ -62,8 +62,7 @@ def everything_restored(model, optimizer, scaler=None):
     devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
     modes = {module: module.training for module in model.modules()}
     gradients = [p.grad for p in model.parameters()]
-    saved = copy.deepcopy((model.state_dict(), optimizer.state_dict(),
-                           scaler.state_dict() if scaler else None))
+    saved = copy.deepcopy((model.state_dict(), optimizer.state_dict(), scaler.state_dict()))
     python_state, numpy_state = random.getstate(), np.random.get_state()
     with torch.random.fork_rng(devices):                  # the CPU's and the GPU's generator
         try:
@@ -72,8 +71,7 @@ def everything_restored(model, optimizer, scaler=None):
         finally:
             model.load_state_dict(saved[0])
             optimizer.load_state_dict(saved[1])
-            if scaler:
-                scaler.load_state_dict(saved[2])
+            scaler.load_state_dict(saved[2])
             for module, mode in modes.items():
                 module.training = mode
             for parameter, gradient in zip(model.parameters(), gradients):
@@ -84,48 +82,40 @@ def everything_restored(model, optimizer, scaler=None):
 
 def range_test(model, optimizer, loss, batches, *, lr_start=LR_START, lr_end=LR_END, steps=STEPS,
                shape="exponential", autocast=contextlib.nullcontext, scaler=None):
-    """Train on `batches` with a growing learning rate and return the Curve.
+    """Train on `batches` with a growing learning rate and return the Curve; restore everything.
 
-    model, optimizer, loss: any nn.Module, its optimizer, and loss(outputs, labels) -> scalar; make
-    them, and the iterable of (inputs, labels), exactly as for the training run. autocast and scaler
-    (a GradScaler) are for mixed precision. shape is "exponential" or "linear".
-
-    Point k of the curve is the loss of batch k *before* the step with lr_k: what the rates up to
-    lr_(k-1) did, a hundredth of the sweep away. It ends before `steps` when the loss diverges or
-    the batches run out; a loss that is not finite ends it at once and is not part of the curve.
+    model: any nn.Module, optimizer: its own, loss(outputs, labels) -> scalar, batches: an iterable
+    of (inputs, labels); all exactly as in the training run. shape: "exponential" or "linear".
+    autocast and scaler (a GradScaler) are for mixed precision. Point k is the loss of batch k
+    *before* the step with lr_k. The sweep ends early when `enough` says so, the batches run out or
+    the loss is not finite, which is then not part of the curve.
     """
-    if not (0 < lr_start < lr_end and steps > 1):
+    if not 0 < lr_start < lr_end or steps < 2:
         raise ValueError("a sweep needs 0 < lr_start < lr_end and at least 2 steps")
+    scaler = scaler or torch.amp.GradScaler(enabled=False)             # passes everything through
     curve, average, lowest = Curve([], []), 0.0, math.inf
     with everything_restored(model, optimizer, scaler):
         model.train()
         for k, (inputs, labels) in zip(range(steps), batches):
-            part = k / (steps - 1)
-            lr = (lr_start * (lr_end / lr_start) ** part if shape == "exponential"
-                  else lr_start + (lr_end - lr_start) * part)
+            lr = (lr_start * (lr_end / lr_start) ** (k / (steps - 1)) if shape == "exponential"
+                  else lr_start + (lr_end - lr_start) * k / (steps - 1))
             for group in optimizer.param_groups:
                 group["lr"] = lr
             with autocast():
                 value = loss(model(inputs), labels)
-            raw = value.item()
-            if not math.isfinite(raw):
+            if not math.isfinite(raw := value.item()):
                 break
             curve.lrs.append(lr)
             curve.losses.append(raw)
             # A running average starts at 0; dividing by 1 - a^(k+1) takes that out (as in Adam).
             average = AVERAGE * average + (1 - AVERAGE) * raw
-            running = average / (1 - AVERAGE ** (k + 1))
-            lowest = min(lowest, running)
+            lowest = min(lowest, running := average / (1 - AVERAGE ** (k + 1)))
             if enough(running, lowest, curve.losses):
                 break
             optimizer.zero_grad()
-            if scaler:
-                scaler.scale(value).backward()
-                scaler.step(optimizer)
-                scaler.update()
-            else:
-                value.backward()
-                optimizer.step()
+            scaler.scale(value).backward()
+            scaler.step(optimizer)
+            scaler.update()
     return curve
 
 
@@ -201,7 +191,7 @@ def plot(curve, ax, suggestion=None):
             ax.axvline(lr, color=colour, linewidth=1.5, linestyle="--" if name == "onset" else "-")
             ax.annotate(f"{name} {lr:.3g}", (lr, 1), (3, -4), xycoords=("data", "axes fraction"),
                         textcoords="offset points", rotation=90, va="top", color=colour)
-    ax.legend(loc="lower left", frameon=False)
+    ax.legend(loc="lower left", framealpha=0.95, edgecolor="none")
 
 
 def report(curve, path):

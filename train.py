@@ -6,11 +6,12 @@
 At the end of a cycle without annihilation the learning rate is still LRMAX / 10, and the weights
 jitter around the bottom of the valley. So beside the raw weights w a running average of them,
 a <- d a + (1 - d) w after every step, is kept; it sits near the bottom, and it is the result. Both
-are tested after every epoch, and the accuracy reported is the last epoch's: choosing the best epoch
-by its test accuracy would be fitting the test set.
+are tested after every epoch; the last epoch's accuracy is the result: to pick the best would be to
+fit the test set.
 """
 import argparse
 import copy
+import hashlib
 import itertools
 import json
 import math
@@ -26,7 +27,7 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 from tqdm import tqdm
 
 import lrfinder
-from data import Loader, fingerprint, load, normalisation
+from data import Loader, load, normalisation
 from model import (UserError, accuracy, autocast, float_tensors, make_loss, make_model,
                    make_optimizer, make_scaler, pick_device, precision, restore, run, save)
 from onecycle import EPOCHS, PEAK_EPOCH, OneCycle
@@ -86,24 +87,20 @@ def parse():
     """The options that were given, by name."""
     def fail(message):
         raise UserError(f"{message} (train.py -h explains)")
-
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0],
                                      argument_default=argparse.SUPPRESS)
-    parser.error = fail
-    add = parser.add_argument
+    parser.error, add = fail, parser.add_argument
     add("--data", metavar="SET", help="auto: CIFAR-10, downloaded if need be, else generated "
-        "pictures (default); cifar10; synthetic; or an .npz with train_images, train_labels, "
+        "images (default); cifar10; synthetic; or an .npz with train_images, train_labels, "
         "test_images and test_labels: uint8 N x 32 x 32 x 3 and integers")
     add("--data-dir", metavar="DIR", help="where CIFAR-10 is, or is downloaded to (data)")
-    add("--epochs", metavar="N", type=int, help=f"({EPOCHS}; generated images {DEMO['epochs']})")
-    add("--batch-size", metavar="N", type=int,
-        help=f"(512; generated images {DEMO['batch_size']})")
+    add("--epochs", metavar="N", type=int, help=f"({EPOCHS}; on generated images {DEMO['epochs']})")
+    add("--batch-size", metavar="N", type=int, help=f"(512; generated {DEMO['batch_size']})")
     add("--lr-max", metavar="LR", type=float, help="LRMAX, instead of searching for it")
     add("--peak-epoch", metavar="E", type=float,
         help=f"epochs until the learning rate is LRMAX ({PEAK_EPOCH}/{EPOCHS} of all)")
     add("--seed", metavar="N", type=int, help="(0)")
-    add("--runs", metavar="N", type=int,
-        help="train with N seeds, --seed and those after it; prints mean and standard deviation")
+    add("--runs", metavar="N", type=int, help="train with N seeds, from --seed on; mean and std")
     add("--out", metavar="DIR", help="folder for the results (the first free one of runs/1, ...)")
     add("--resume", metavar="DIR", help="go on with the run in DIR, with its options")
     return vars(parser.parse_args())
@@ -121,7 +118,8 @@ def settle(given, resume):
                                 f"leave it out, or start a new run".replace("_", "-"))
     settings = {**settings, **given}
     data = load(settings["data"], settings["data_dir"])
-    if settings.setdefault("fingerprint", fingerprint(data)) != fingerprint(data):
+    digest = hashlib.sha256(b"".join(t.numpy().tobytes() for t in data[2:6])).hexdigest()
+    if settings.setdefault("sha256", digest) != digest:
         raise UserError(f"{data.name} has other images than this run: name the same with --data")
     settings = {**(FULL if data.real else DEMO), **settings}
     settings.setdefault("peak_epoch", settings["epochs"] * PEAK_EPOCH / EPOCHS)
@@ -136,8 +134,8 @@ def settle(given, resume):
 
 def make_folder(out):
     """The folder of a new run: `out`, or where that is None the first free one of runs/1, ..."""
-    out = Path(out or next(name for k in itertools.count(1)
-                           if not Path(name := f"runs/{k}").exists()))
+    free = (k for k in itertools.count(1) if not Path("runs", str(k)).exists())
+    out = Path(out or f"runs/{next(free)}")
     if (out / "checkpoint.pt").exists():
         raise UserError(f"{out} holds a run: go on with --resume {out}, or name another --out")
     try:
