@@ -212,8 +212,8 @@ def save(path, content):
         os.replace(aside, path)
     except (OSError, RuntimeError) as error:
         aside.unlink(missing_ok=True)
-        raise UserError(f"cannot write {path} ({first_line(error)}): make room there or choose "
-                        f"another --out; what was saved before is whole") from error
+        raise UserError(f"cannot write {path}: is the disk full or read-only? What was saved before "
+                        f"is whole ({first_line(error)})") from error
 
 
 def restore(path, *names):

@@ -84,10 +84,10 @@ def plot(ax, total, peak, high):
     ax.axvline(peak, color="grey", linewidth=0.8)
     ax.annotate(f"LRMAX, step {peak}", (peak, high), (4, 6), textcoords="offset points")
     ax.annotate("LRMIN, step 0", (0, low), (2, -14), textcoords="offset points")
-    ax.annotate(f"LRMIN, step {total - 1}", (total - 1, low), (2, 8), textcoords="offset points",
-                ha="right")
+    ax.annotate(f"LRMIN, step {total - 1}", (total - 1, low), (0, 60), textcoords="offset points",
+                ha="right", arrowprops={"arrowstyle": "->"})
     ax.set(xlabel="step (one batch)", ylabel="learning rate", ylim=(0, 1.15 * high))
-    ax.legend(loc="lower center", frameon=False)
+    ax.legend(loc="upper right", fontsize="small", frameon=False)
 
 
 def main():
@@ -98,13 +98,13 @@ def main():
     total, peak = EPOCHS * steps_per_epoch, PEAK_EPOCH * steps_per_epoch           # 2328, 485
     for step in (0, peak, total - 1):
         print(f"step {step:4}: {one_cycle(step, total, peak, 1 / LR_RATIO, 1):.2f} x LRMAX")
-    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.6), width_ratios=(2, 1))
+    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.6), width_ratios=(2, 1),
+                                         layout="constrained")
     plot(left, total, peak, 1)
     momentum = [one_cycle(k, total, peak, 0.95, MOMENTUM_LOW) for k in range(total)]
     right.plot(momentum, linewidth=2)
-    right.set(xlabel="step", ylabel="momentum", title="bounds exchanged: a momentum cycle")
     left.set(ylabel="learning rate / LRMAX")
-    figure.tight_layout()
+    right.set(xlabel="step", ylabel="momentum, the bounds exchanged")
     figure.savefig("schedule.png", dpi=110)
     print("wrote schedule.png")
 
