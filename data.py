@@ -14,6 +14,7 @@ and a batch is a *pure function* of the bytes and 512 rows of that table: `augme
 
     python data.py         draws augmented.png and times the loader against the alternatives
 """
+import itertools
 import socket
 import sys
 from functools import cache, partial
@@ -32,8 +33,8 @@ from model import UserError, check_zip, first_line, pick_device, precision, run
 try:
     import triton
     import triton.language as tl
-except Exception:                 # Windows and macOS have no Triton, and an install can be broken
-    triton = None
+except Exception as error:        # Windows and macOS have no Triton, and an install can be broken
+    triton, why_not = None, first_line(error)
 
 SIZE, PAD, CUT = 32, 4, 8
 
@@ -41,9 +42,8 @@ SIZE, PAD, CUT = 32, 4, 8
 def draw_epoch(count, seed, epoch):
     """One epoch's table of random numbers, (count, 6) int32; the order is a permutation.
 
-    The generator's seed is a hash of the pair, each in 0 .. 2^32 - 1 (numpy's SeedSequence): with
-    seed + epoch, epoch 1 of seed 0 would be epoch 0 of seed 1. Nothing is carried over, so any
-    epoch can be made again from nothing.
+    numpy seeds its generator with a hash of the pair (each 0 .. 2^32 - 1), not with the sum, where
+    epoch 1 of seed 0 would be epoch 0 of seed 1. Any epoch can be made again from nothing.
     """
     random = np.random.default_rng((seed, epoch))
     ranges = 2 * PAD + 1, 2 * PAD + 1, 2, SIZE, SIZE
@@ -124,19 +124,20 @@ if triton:
 
 def fused_augment(images, draws, mean, inverse_std, dtype):
     """`augment` in one launch: the same arguments, the same bits."""
+    assert triton, f"no Triton: {why_not}"
     out = torch.empty((len(draws), SIZE, SIZE, 3), dtype=dtype, device=images.device)
     augment_kernel[(len(draws),)](images, draws, mean, inverse_std, out, SIZE, PAD, CUT)
     return out.permute(0, 3, 1, 2)
 
 
-@cache                            # asked once a device, and said once
-def pick_augment(device):
+@cache                            # so that a note comes once
+def pick_augment(device, dtype):
     """fused_augment where Triton runs, else augment; on a CUDA device without, it says why."""
     if device.type != "cuda":
         return augment
     try:                          # Triton may be missing, or broken, or the GPU too old for it
         trial = torch.zeros(1, SIZE, SIZE, 3).byte(), plain_draws(1), torch.ones(3), torch.ones(3)
-        fused_augment(*(tensor.to(device) for tensor in trial), torch.float32)
+        fused_augment(*(tensor.to(device) for tensor in trial), dtype)
         return fused_augment
     except Exception as error:    # Triton's errors have no common class
         print(f"note: plain torch, not the fused kernel ({first_line(error)})", file=sys.stderr)
@@ -149,7 +150,7 @@ class Loader:
     def __init__(self, images, labels, mean, inverse_std, batch_size, dtype, device):
         self.images, self.labels = images.to(device).contiguous(), labels.to(device)
         self.mean, self.inverse_std = mean.to(device), inverse_std.to(device)
-        self.batch_size, self.dtype, self.augment = batch_size, dtype, pick_augment(device)
+        self.batch_size, self.dtype, self.augment = batch_size, dtype, pick_augment(device, dtype)
 
     def __len__(self):
         """Training batches an epoch; the images that do not fill one sit this epoch out."""
@@ -182,10 +183,8 @@ class Dataset(NamedTuple):
 
 def load(source, data_dir="data"):
     """The data set that --data names: auto, cifar10, synthetic or the path of an .npz."""
-    if source == "synthetic":
-        return synthetic()
     if source not in ("auto", "cifar10"):
-        return load_npz(source)
+        return synthetic() if source == "synthetic" else load_npz(source)
     try:
         return load_cifar10(data_dir)
     except UserError as error:
@@ -236,10 +235,9 @@ def load_npz(path):
 
 
 def synthetic(train=2560, test=1000):
-    """Ten classes of drawn shapes, which survive a flip, for where CIFAR-10 is not at hand.
+    """Ten classes of drawn shapes, to train on where CIFAR-10 is not at hand; all survive a flip.
 
-    Place, size and both colours are random, so no pixel says anything by itself: it takes
-    convolutions to do well, and a linear classifier stays far below 50 %.
+    Place, size and both colours are random, so a linear classifier stays far below 50 %.
     """
     random, count = np.random.default_rng(0), train + test
     radius = random.uniform(7, 12, (count, 1, 1))
@@ -272,8 +270,7 @@ def normalisation(images):
 def draw(data, path):
     """Five images, a row each: stored, padded, cropped, flipped, cut out, then three at random."""
     draws = plain_draws(5).repeat(8, 1, 1)                                     # (8, 5, 6)
-    draws[2:, :, 1:3] = torch.tensor([1, 8])                                   # crop up and right
-    draws[3:, :, 3] = 1
+    draws[2:, :, 1:3], draws[3:, :, 3] = torch.tensor([1, 8]), 1               # up and right; flip
     draws[4:, :, 4:] = draw_epoch(5, 0, 0)[:, 4:]
     draws[5:, :, 1:] = torch.stack([draw_epoch(5, 0, k)[:, 1:] for k in (1, 2, 3)])
     draws, (mean, inverse_std) = draws.transpose(0, 1), normalisation(data.train_images)
@@ -297,22 +294,26 @@ def race(data, device):
         v2.RandomCrop(SIZE, PAD, padding_mode="reflect"), v2.RandomHorizontalFlip(),
         v2.ToDtype(torch.float32), v2.Normalize(mean.tolist(), (1 / inverse_std).tolist()),
         v2.RandomErasing(p=1, scale=(1 / 16, 1 / 16), ratio=(1, 1))])
-    batches = iter(DataLoader(images.permute(0, 3, 1, 2), 512, shuffle=True, num_workers=2,
-                              collate_fn=partial(transform_each, transform)))
-    inputs = [t.to(device) for t in (images, draw_epoch(50_000, 0, 0), mean, inverse_std)]
-    batch, epoch = ((inputs[0], inputs[1][:n], *inputs[2:], dtype) for n in (512, 50_000))
+    workers = DataLoader(images.permute(0, 3, 1, 2), 512, shuffle=True, num_workers=2,
+                         collate_fn=partial(transform_each, transform))
+    loader = Loader(images, torch.zeros(50_000), mean, inverse_std, 512, dtype, device)
+    theirs = (batch for _ in itertools.count() for batch in workers)
+    ours = (batch for e in itertools.count() for batch in loader.epoch(0, e))
+    draws, same = draw_epoch(50_000, 0, 0).to(device), (loader.mean, loader.inverse_std, dtype)
+    batch, epoch = ((loader.images, draws[:n], *same) for n in (512, 50_000))
     moved = SIZE * SIZE * 3 * (1 + dtype.itemsize)                # bytes an image, in and out
     source, target = torch.ones(2, 50_000 * moved // 2, dtype=torch.uint8, device=device)
-    ways = {"torchvision, 2 workers": (512, lambda: next(batches)),
-            "plain torch": (512, lambda: augment(*batch)),
+    ways = {"torchvision, 2 workers": (512, lambda: next(theirs)),
+            "this loader": (512, lambda: next(ours)),
             "copy of as many bytes": (50_000, lambda: target.copy_(source))}
-    if pick_augment(device) is fused_augment:
-        ways |= {"torch.compile of it": (512, partial(torch.compile(augment), *batch)),
-                 "Triton kernel": (512, lambda: fused_augment(*batch)),
+    if loader.augment is fused_augment:
+        ways |= {"plain torch, one batch": (512, lambda: augment(*batch)),
+                 "torch.compile of it": (512, partial(torch.compile(augment), *batch)),
+                 "Triton kernel, one batch": (512, lambda: fused_augment(*batch)),
                  "Triton kernel, an epoch": (50_000, lambda: fused_augment(*epoch))}
-    each = {}                                                     # seconds an image
+    each, threads = {}, torch.get_num_threads()                   # seconds an image
     for name, (count, work) in ways.items():
-        timer = Timer("work()", globals={"work": work}, num_threads=torch.get_num_threads())
+        timer = Timer("work()", globals={"work": work}, num_threads=threads)
         each[name] = timer.blocked_autorange(min_run_time=4).median / count
     print(f"{f'{device.type}, {dtype}':28}images/s  x torchvision    GB/s  of copy")
     slow, copy = each["torchvision, 2 workers"], each["copy of as many bytes"]
@@ -321,8 +322,7 @@ def race(data, device):
 
 
 def main():
-    data = load("auto")
-    draw(data, "augmented.png")
+    draw(data := load("auto"), "augmented.png")
     race(data, pick_device())
 
 

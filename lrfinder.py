@@ -1,11 +1,11 @@
-"""The LR range test: find the largest learning rate that still trains, before training.
+r"""The LR range test: find the largest learning rate that still trains, before training.
 
 Train for a few dozen batches while the learning rate grows from far too small to far too large,
 and look at the loss (Smith, arXiv 1506.01186, section 3.3):
 
     loss ------.                            onset   the loss first falls for good
-                \\            .'             LRMAX   the end of the descent: the lowest point before
-                 \\    /\\   .'                       the first marked rise
+                \            .'             LRMAX   the end of the descent: the lowest point before
+                 \    /\   .'                       the first marked rise
                   `--'  `-'                 stop    everything gained is lost again, or divergence
              onset  LRMAX    stop
 
@@ -15,7 +15,7 @@ and look at the loss (Smith, arXiv 1506.01186, section 3.3):
     LRMIN    LRMAX / 10, for a cycle without annihilation (Smith, arXiv 1803.09820, section 4.1,
              where the range given is a tenth to a twentieth)
 
-The module stands alone: it needs torch, and matplotlib to draw. Copy it.
+All but `main` stands alone: it needs torch and numpy, and matplotlib to draw. Copy it.
 
     python lrfinder.py        draws lr_range.png and prints LRMIN and LRMAX (-h lists the options)
 """
@@ -57,9 +57,10 @@ class Suggestion(NamedTuple):
 def everything_restored(model, optimizer, scaler):
     """Put back, bit for bit and after an exception too, all that training changes.
 
-    Weights, buffers, gradients, train/eval flags, optimizer and scaler state, random states.
+    The state_dicts of model, optimizer and scaler, gradients, train/eval flags, and the random
+    states of Python, numpy, the CPU and every CUDA GPU.
     """
-    devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
+    devices = list(range(torch.cuda.device_count()))
     modes = {module: module.training for module in model.modules()}
     gradients = [p.grad for p in model.parameters()]
     saved = copy.deepcopy((model.state_dict(), optimizer.state_dict(), scaler.state_dict()))
@@ -173,8 +174,10 @@ def suggest(curve):
             break
     else:
         raise NotFound("the loss falls to the end of the sweep: raise its highest learning rate")
-    onset = max(k for k in range(best) if smoothed[k] > start - 0.1 * fall)    # not yet 10 % down
-    return Suggestion(lrs[best] / 10, lrs[best], lrs[onset])
+    before = [k for k in range(best) if smoothed[k] > start - 0.1 * fall]      # not yet 10 % down
+    if not before:
+        raise NotFound("the loss only rises: start the sweep lower")
+    return Suggestion(lrs[best] / 10, lrs[best], lrs[before[-1]])
 
 
 def plot(curve, ax, suggestion=None):
@@ -215,28 +218,29 @@ def main():
     import argparse
     import itertools
 
-    import model as recipe
     from data import Loader, load, normalisation
+    from model import (UserError, autocast, make_loss, make_model, make_optimizer, make_scaler,
+                       pick_device, precision)
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--data", default="auto", help="as for train.py (auto)")
     parser.add_argument("--data-dir", default="data", help="as for train.py (data)")
     parser.add_argument("--steps", type=int, default=STEPS, help=f"batches ({STEPS})")
     parser.add_argument("--seed", type=int, default=0, help="(0)")
     args = parser.parse_args()
-    if args.steps < FEWEST:
-        raise recipe.UserError(f"--steps {args.steps} are too few: take {FEWEST} or more")
-    device, data = recipe.pick_device(), load(args.data, args.data_dir)
+    if args.steps < FEWEST or not 0 <= args.seed < 2**32:
+        raise UserError(f"--steps must be {FEWEST} or more, and --seed in 0 .. {2**32 - 1}")
+    device, data = pick_device(), load(args.data, args.data_dir)
     batch_size = min(512 if data.real else 128, len(data.train_images))        # train.py's
     loader = Loader(data.train_images, data.train_labels, *normalisation(data.train_images),
-                    batch_size, recipe.precision(device), device)
-    model = recipe.make_model(device, args.seed, len(data.classes))
-    curve = range_test(model, recipe.make_optimizer(model, LR_START), recipe.make_loss(),
-                       (batch for e in itertools.count() for batch in loader.epoch(args.seed, e)),
-                       steps=args.steps, autocast=lambda: recipe.autocast(device),
-                       scaler=recipe.make_scaler(device))
+                    batch_size, precision(device), device)
+    model = make_model(device, args.seed, len(data.classes))
+    batches = (batch for e in itertools.count() for batch in loader.epoch(args.seed, e))
+    curve = range_test(model, make_optimizer(model, LR_START), make_loss(), batches,
+                       steps=args.steps, autocast=lambda: autocast(device),
+                       scaler=make_scaler(device))
     found, words = report(curve, "lr_range.png")
     if not found:
-        raise recipe.UserError(words)
+        raise UserError(words)
     print(words)
 
 

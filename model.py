@@ -1,6 +1,6 @@
-"""The network, and the recipe that trains it.
+"""The network, the recipe that trains it, and, at the end, files and errors that users meet.
 
-A residual network of eight convolutions, small enough to train in seconds on one GPU:
+A residual network of eight convolutions:
 
     stage   layers                                             output (C x H x W)
     prep    conv 3x3, BN, ReLU                                  64 x 32 x 32
@@ -10,10 +10,9 @@ A residual network of eight convolutions, small enough to train in seconds on on
     pool    max pool, kernel 4, stride 2                       512 x  1 x  1
     fc      fully connected, softmax                            10
 
-with R = conv 3x3, BN, ReLU, conv 3x3, BN, ReLU. Each of layer1 to layer3 halves the picture and
-doubles the channels, so that their convolutions cost the same: a quarter of the pixels, four times
-the weights. Pooling stands *before* batch normalisation, which then has a quarter of the pixels to
-read. The shape is David Page's ResNet-9 ("How to Train Your ResNet", 2018).
+with R = conv 3x3, BN, ReLU, conv 3x3, BN, ReLU. Each layer halves the picture and doubles the
+channels, so that all convolutions but the first cost about the same. Pooling stands *before* batch
+normalisation, which has a quarter of the pixels to read. The shape is David Page's ResNet-9.
 
     python model.py        prints the table with parameters and multiply-accumulates
 """
@@ -77,12 +76,11 @@ class CustomResNet(nn.Module):
         x = self.layer2(x)                   # (B, 256,  8,  8)
         x = self.layer3(x)                   # (B, 512,  4,  4)
         x = self.pool(x).flatten(1)          # (B, 512)
-        # A maximum over 512 ReLU channels makes logits large from the start, and a softmax of
-        # large logits is sure of itself before it knows anything; a constant factor (Page's) helps.
+        # fc adds up 512 features, each a maximum over 16 places, so that its logits grow large; a
+        # softmax of large logits is sure before it knows anything. Page's constant factor helps.
         logits = self.fc(x).float() * LOGIT_SCALE                                  # (B, C)
-        # The softmax of the specification, as its logarithm: .exp() gives probabilities, and
-        # cross-entropy, which takes a log-softmax itself, is the same on these as on logits,
-        # because log_softmax(log_softmax(z)) = log_softmax(z).
+        # The softmax as its logarithm: .exp() gives probabilities, and cross-entropy is the same on
+        # these as on logits, because log_softmax(log_softmax(z)) = log_softmax(z).
         return logits.log_softmax(dim=1)                                           # (B, C)
 
 
@@ -94,13 +92,10 @@ def pick_device():
 
 
 def precision(device):
-    """The dtype of the arithmetic: the fastest that the hardware has natively.
-
-    Emulated bf16 runs too, but a step took 140 s in it where float32 took 8 (two Zen 3 cores).
-    """
+    """The dtype of the arithmetic. Native ones only: emulated bf16 took 16 times float32's time."""
     if device.type == "cuda":
-        native = torch.cuda.is_bf16_supported(including_emulation=False)
-        return torch.bfloat16 if native else torch.float16
+        return (torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False)
+                else torch.float16)
     if device.type == "cpu" and torch.cpu._is_avx512_bf16_supported():
         return torch.bfloat16
     return torch.float32
@@ -113,10 +108,7 @@ def autocast(device):
 
 
 def reuse_freed_memory():
-    """Let glibc keep the memory of freed tensors: 8.05 -> 7.1 s a step on two Zen 3 cores.
-
-    Else each large tensor is a mapping of its own, and the kernel clears every page anew.
-    """
+    """Let glibc keep freed memory, not map new pages: a step 8.05 -> 7.1 s on two Zen 3 cores."""
     libc = ctypes.CDLL(None) if sys.platform == "linux" else None
     if hasattr(libc, "mallopt"):
         libc.mallopt(-4, 0)              # M_MMAP_MAX: no mappings ...
@@ -137,14 +129,18 @@ def make_loss():
 
 
 def make_optimizer(model, lr):
-    """SGD with Nesterov momentum; on CUDA one fused kernel instead of several for each tensor."""
-    fused = next(model.parameters()).is_cuda
+    """SGD with Nesterov momentum; on CUDA in one fused kernel.
+
+    Not in fp16: where a first step overflows, fused SGD leaves its momentum uninitialised.
+    """
+    weight = next(model.parameters())
+    fused = weight.is_cuda and precision(weight.device) != torch.float16
     return torch.optim.SGD(model.parameters(), lr=lr, momentum=MOMENTUM, nesterov=True,
                            weight_decay=WEIGHT_DECAY, fused=fused)
 
 
 def make_scaler(device):
-    """Scales the loss so that fp16 gradients do not underflow; passes everything through else."""
+    """Scales the loss so that fp16 gradients do not underflow; otherwise does nothing."""
     return torch.amp.GradScaler(device.type, enabled=precision(device) == torch.float16)
 
 
@@ -172,16 +168,20 @@ class UserError(Exception):
 
 
 def first_line(error):
-    """What an exception says, without the lines that follow."""
+    """What an exception says first."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def run(main):
-    """Call main; of an error by the user show one line, without traceback, and exit with 2."""
+    """Call main; where the user can help it show one line, without traceback, and exit with 2."""
     try:
         main()
-    except (UserError, OSError) as error:         # OSError: no room, no permission, no such file
-        print(f"error: {first_line(error)}", file=sys.stderr)
+    except KeyboardInterrupt:
+        print("\ninterrupted", file=sys.stderr)
+        sys.exit(130)
+    except (UserError, OSError, torch.OutOfMemoryError) as error:
+        hint = "; try a smaller --batch-size" * isinstance(error, torch.OutOfMemoryError)
+        print(f"error: {first_line(error)}{hint}", file=sys.stderr)
         sys.exit(2)
 
 
@@ -212,8 +212,8 @@ def save(path, content):
         os.replace(aside, path)
     except (OSError, RuntimeError) as error:
         aside.unlink(missing_ok=True)
-        raise UserError(f"cannot write {path}: is the disk full or read-only? What was saved before "
-                        f"is whole ({first_line(error)})") from error
+        raise UserError(f"cannot write {path}: is the disk full or read-only? What was saved "
+                        f"before is whole ({first_line(error)})") from error
 
 
 def restore(path, *names):

@@ -1,9 +1,9 @@
-"""The one-cycle policy: one rise and one fall of the learning rate, and nothing after it.
+r"""The one-cycle policy: one rise and one fall of the learning rate, and nothing after it.
 
-    LRMAX         /\\                  step 0                LRMIN = LRMAX / 10
-                 /    \\               step P                LRMAX         (P: end of epoch 5 of 24)
-                /        \\            step T - 1, the last  LRMIN
-    LRMIN      /            \\
+    LRMAX         /\                  step 0                LRMIN = LRMAX / 10
+                 /    \               step P                LRMAX         (P: end of epoch 5 of 24)
+                /        \            step T - 1, the last  LRMIN
+    LRMIN      /            \
                0  P          T-1
 
 Rising, the large rate is reached only once the weights are out of the steep start; at the top it

@@ -106,6 +106,21 @@ def test_table_of_layers_counts_379_million_multiply_accumulates(capsys):
     assert f"{macs:,}" == "379,261,952" and "379,261,952" in capsys.readouterr().out
 
 
+def test_optimizer_is_nesterov_sgd_with_weight_decay_written_a_second_time():
+    """v <- .9 v + g,  w <- w - lr (g + .9 v)  with g the gradient + 5e-4 w."""
+    layer = nn.Linear(3, 2)
+    optimizer = model.make_optimizer(layer, lr=0.1)
+    w, v = layer.weight.detach().clone(), 0
+    for k in range(3):
+        optimizer.zero_grad()
+        (layer.weight ** 2 * (k + 1)).sum().backward()
+        optimizer.step()
+        g = 2 * w * (k + 1) + 5e-4 * w
+        v = 0.9 * v + g
+        w = w - 0.1 * (g + 0.9 * v)
+        torch.testing.assert_close(layer.weight.detach(), w)
+
+
 def test_same_seed_same_weights_other_seed_other_weights():
     a, b, c = (model.make_model(CPU, seed).fc.weight for seed in (0, 0, 1))
     assert torch.equal(a, b) and not torch.equal(a, c)
@@ -204,8 +219,12 @@ def test_draws_of_all_seeds_and_epochs_differ_and_can_be_made_again():
 
 
 def test_draws_are_uniform():
-    """Chi-square of each column, and of a picture's place in the order, at 99.99 %."""
-    draws = torch.cat([data.draw_epoch(10_000, 0, epoch) for epoch in range(10)])
+    """Chi-square of each column, and of where in the epoch an image comes, at 99.99 %."""
+    epochs = [data.draw_epoch(10_000, 0, epoch) for epoch in range(10)]
+    draws = torch.cat(epochs)
+    order = torch.stack([epoch[:, 0] for epoch in epochs])
+    counts = torch.bincount(order[:, :1000].flatten() // 1000, minlength=10).double()
+    assert ((counts - 1000).square() / 1000).sum() < 34 and not torch.equal(order[0], order[1])
     for column, values, limit in ((1, 9, 32), (2, 9, 32), (3, 2, 16), (4, 32, 72), (5, 32, 72)):
         counts = torch.bincount(draws[:, column], minlength=values).double()
         expected = len(draws) / values
@@ -496,7 +515,7 @@ def state(net, optimizer):
 
 
 @pytest.mark.parametrize("kind", ["SGD", "Adam"])
-@pytest.mark.parametrize("ending", ["normal", "divergence", "exception", "Ctrl-C"])
+@pytest.mark.parametrize("ending", ["normal", "overflow", "divergence", "exception", "Ctrl-C"])
 def test_range_test_restores_everything_bit_for_bit(kind, ending):
     torch.manual_seed(0)
     net = Small()
@@ -516,14 +535,17 @@ def test_range_test_restores_everything_bit_for_bit(kind, ending):
             random.random(), np.random.rand(), torch.rand(1)
             yield inputs, labels
 
-    before = state(net, optimizer)
+    # With a scale of 1e38 the first steps overflow, are skipped, and the scaler backs off.
+    scaler = torch.amp.GradScaler("cpu", init_scale=1e38 if ending == "overflow" else 1024.0)
+    scaler.scale(torch.zeros(1))                          # makes its state
+    before, scale = state(net, optimizer), scaler.state_dict()
     try:
         curve = lrfinder.range_test(net, optimizer, F.cross_entropy, batches(), steps=40,
-                                    lr_end=1e6 if ending == "divergence" else 0.1)
+                                    lr_end=1e6 if ending == "divergence" else 0.1, scaler=scaler)
         assert (len(curve.lrs) < 40) == (ending == "divergence")
     except (RuntimeError, KeyboardInterrupt):
         assert ending in ("exception", "Ctrl-C")
-    assert state(net, optimizer) == before
+    assert state(net, optimizer) == before and scaler.state_dict() == scale
     optimizer.step()
     assert state(net, optimizer) != before                # the comparison can fail
 
@@ -573,6 +595,7 @@ def test_a_rise_of_a_tenth_of_the_fall_does_not_end_the_descent_one_of_a_third_d
 @pytest.mark.parametrize("pieces, words", [
     (((100, 2.3, 2.3),), "never falls"),
     (((50, 2.3, 2.25), (50, 2.25, 9)), "never falls"),
+    (((40, 0.1, 2.1),), "only rises"),
     (((100, 2.3, 1.0),), "falls to the end"),
     (((3, 2.3, 1.0), (4, 1.0, 3)), "points"),
     ((), "points")])
@@ -602,6 +625,8 @@ def test_a_loss_that_is_not_finite_ends_the_sweep_and_is_not_in_the_curve(value)
 def test_smoothing_is_central_keeps_straight_lines_and_the_length():
     line = np.linspace(3, 1, 83).tolist()
     assert np.allclose(lrfinder.smooth(line), line)
+    spread = lrfinder.smooth([0.0] * 41 + [1.0] + [0.0] * 41)
+    assert np.allclose(spread, spread[::-1]) and 0.1 < spread[41] < 0.5 and sum(spread) > 0.99
 
 
 def test_plot_draws_on_the_axis_it_is_given():
@@ -620,14 +645,24 @@ def test_range_test_can_be_copied_it_needs_nothing_else_of_the_project():
 
 # ------------------------------------------------------------------------------------- whole runs
 
-def command(*arguments, main=train.main):
+@pytest.fixture(autouse=True, scope="module")
+def runs_are_float32_on_the_cpu():
+    """Where they are the same bit for bit every time, on machines with a GPU too."""
+    with pytest.MonkeyPatch.context() as patch:
+        for module in (model, train):
+            patch.setattr(module, "pick_device", lambda: CPU)
+            patch.setattr(module, "precision", lambda device: torch.float32)
+        yield
+
+
+def command(*arguments):
     """`python train.py arguments` in this process: exit status, stdout and stderr."""
     out, err = io.StringIO(), io.StringIO()
     with (pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(out),
           contextlib.redirect_stderr(err)):
         patch.setattr(sys, "argv", ["train.py", *map(str, arguments)])
         try:
-            model.run(main)
+            model.run(train.main)
         except SystemExit as end:
             return end.code, out.getvalue(), err.getvalue()
     return 0, out.getvalue(), err.getvalue()
@@ -665,8 +700,9 @@ def test_same_seed_same_run_bit_for_bit_and_another_seed_another(folder):
 # Runs the command line in sys.argv and dies as its first two words say: at an optimizer step or
 # with half of a checkpoint written; by SIGKILL, or as Ctrl-C does.
 CUT_OFF = """
-import os, signal, sys, torch, onecycle, train
-from model import run
+import os, signal, sys, torch, model, onecycle, train
+train.pick_device = lambda: torch.device("cpu")
+model.precision = train.precision = lambda device: torch.float32
 where, count = sys.argv[1], int(sys.argv[2])
 seen = 0
 
@@ -694,10 +730,11 @@ else:
         return whole_set(self, step)
     onecycle.OneCycle.set = set
 sys.argv[1:] = sys.argv[3:]
-run(train.main)
+model.run(train.main)
 """
 
 
+@pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="Windows has no SIGKILL")
 @pytest.mark.parametrize("where, count", [("step", 7), ("save", 3)])
 def test_a_run_killed_and_resumed_ends_as_the_uninterrupted_run_bit_for_bit(folder, where, count):
     out = folder / f"killed-{where}"
@@ -714,6 +751,11 @@ def test_ctrl_c_ends_with_one_line_that_tells_how_to_go_on(folder):
     assert done.stderr.strip().count("\n") == 0 and f"--resume {out}" in done.stderr
     assert command("--resume", out)[0] == 0
     assert outcome(out) == outcome(folder / "whole")
+
+
+def test_small_sets_get_small_batches_by_default(folder):
+    settings, *_ = train.settle({"data": str(folder / "own.npz")}, None)
+    assert (settings["batch_size"], settings["epochs"], settings["peak_epoch"]) == (32, 24, 5)
 
 
 def test_a_finished_run_resumed_stays_as_it_is(folder):
@@ -875,7 +917,7 @@ BAD_OPTIONS = [                                   # {} is the folder of own.npz 
     ("--warmup 3", "unrecognized arguments: --warmup 3"),
     ("--out {}/whole", "holds a run: go on with --resume"),
     ("--out {}/own.npz", "name another --out"),
-    ("--out /proc/nowhere/out", "name another --out"),
+    ("--out {}/own.npz/out", "name another --out"),
     ("--resume {}/nowhere", "No such file"),
     ("--resume {}/whole --epochs 4", "--epochs 4 differs from this run's 3"),
     ("--resume {}/whole --seed 1", "--seed 1 differs from this run's 0"),
@@ -960,7 +1002,7 @@ def test_a_gpu_that_triton_cannot_serve_means_plain_torch_said_once(monkeypatch,
     monkeypatch.setattr(data, "fused_augment", old)
     monkeypatch.setattr(torch.Tensor, "to", lambda self, device: self)     # there is no GPU here
     for _ in range(2):
-        assert data.pick_augment(torch.device("cuda:7")) is data.augment
+        assert data.pick_augment(torch.device("cuda:7"), torch.float16) is data.augment
     err = capsys.readouterr().err
     assert err.count("\n") == 1 and "compute capability 5.2" in err
 
@@ -968,5 +1010,6 @@ def test_a_gpu_that_triton_cannot_serve_means_plain_torch_said_once(monkeypatch,
 def test_help_names_every_option():
     status, out, _ = command("-h")
     assert status == 0
-    assert all(f"--{name}" in out for name in ("data", "data-dir", "epochs", "batch-size", "lr-max",
-                                               "peak-epoch", "seed", "runs", "out", "resume"))
+    for name in ("data", "data-dir", "epochs", "batch-size", "lr-max", "peak-epoch", "seed", "runs",
+                 "out", "resume"):
+        assert re.search(rf"^  --{name} \S+", out, re.MULTILINE), name

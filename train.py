@@ -5,9 +5,8 @@
 
 At the end of a cycle without annihilation the learning rate is still LRMAX / 10, and the weights
 jitter around the bottom of the valley. So beside the raw weights w a running average of them,
-a <- d a + (1 - d) w after every step, is kept; it sits near the bottom, and it is the result. Both
-are tested after every epoch; the last epoch's accuracy is the result: to pick the best would be to
-fit the test set.
+a <- d a + (1 - d) w after every step, is kept; it sits near the bottom. Its accuracy after the last
+epoch is the result: to pick the best epoch would be to fit the test set.
 """
 import argparse
 import copy
@@ -36,8 +35,7 @@ matplotlib.use("Agg")     # pictures go to files; no screen is needed
 
 LR_MAX = 0.4              # where the range test finds nothing
 AVERAGE_DECAY = 0.99      # d: an average over about the last 100 steps, one epoch
-FULL = {"epochs": EPOCHS, "batch_size": 512}
-DEMO = {"epochs": 4, "batch_size": 128}      # on the 2,560 generated images: 80 steps
+DEMO_EPOCHS = 4           # on the 2,560 generated images, in batches of 128: 80 steps
 CHECKPOINT = "settings", "history", "model", "average", "optimizer", "scaler"
 ROW = ("{epoch:5}{lr:9.4f}{loss:8.4f}{train:9.2%}{raw:9.2%}{averaged:10.2%}{seconds:8.1f}"
        "{speed:10,.0f}")
@@ -94,8 +92,8 @@ def parse():
         "images (default); cifar10; synthetic; or an .npz with train_images, train_labels, "
         "test_images and test_labels: uint8 N x 32 x 32 x 3 and integers")
     add("--data-dir", metavar="DIR", help="where CIFAR-10 is, or is downloaded to (data)")
-    add("--epochs", metavar="N", type=int, help=f"({EPOCHS}; on generated images {DEMO['epochs']})")
-    add("--batch-size", metavar="N", type=int, help=f"(512; generated {DEMO['batch_size']})")
+    add("--epochs", metavar="N", type=int, help=f"({EPOCHS}; on generated images {DEMO_EPOCHS})")
+    add("--batch-size", metavar="N", type=int, help="(512; on generated images 128)")
     add("--lr-max", metavar="LR", type=float, help="LRMAX, instead of searching for it")
     add("--peak-epoch", metavar="E", type=float,
         help=f"epochs until the learning rate is LRMAX ({PEAK_EPOCH}/{EPOCHS} of all)")
@@ -121,7 +119,8 @@ def settle(given, resume):
     digest = hashlib.sha256(b"".join(t.numpy().tobytes() for t in data[2:6])).hexdigest()
     if settings.setdefault("sha256", digest) != digest:
         raise UserError(f"{data.name} has other images than this run: name the same with --data")
-    settings = {**(FULL if data.real else DEMO), **settings}
+    settings.setdefault("epochs", EPOCHS if data.real else DEMO_EPOCHS)
+    settings.setdefault("batch_size", min(512 if data.real else 128, len(data.train_images)))
     settings.setdefault("peak_epoch", settings["epochs"] * PEAK_EPOCH / EPOCHS)
     for name, least, most in (("epochs", 1, 10_000), ("batch_size", 2, len(data.train_images)),
                               ("peak_epoch", 0, settings["epochs"]), ("seed", 0, 2**32 - 1),
@@ -150,7 +149,8 @@ def build(settings, data):
     device = pick_device()
     model = make_model(device, settings["seed"], len(data.classes))
     parts = {"model": model, "average": copy.deepcopy(model),
-             "optimizer": make_optimizer(model, LR_MAX), "scaler": make_scaler(device)}
+             "optimizer": make_optimizer(model, lr=0),         # the schedule sets it
+             "scaler": make_scaler(device)}
     same = (*normalisation(data.train_images), settings["batch_size"], precision(device), device)
     loaders = [Loader(data.train_images, data.train_labels, *same),
                Loader(data.test_images, data.test_labels, *same)]
@@ -170,6 +170,8 @@ def train_run(settings, data, checkpoint, out):
     for name, part in parts.items():
         if checkpoint and checkpoint[name]:
             part.load_state_dict(checkpoint[name])
+    for group in parts["optimizer"].param_groups:      # the checkpoint's may be another device's
+        group["fused"] = parts["optimizer"].defaults["fused"]
     if settings["lr_max"] is None:
         settings["lr_max"] = find_lr_max(parts["model"], parts["optimizer"], parts["scaler"],
                                          train_loader, seed, out)
@@ -239,8 +241,6 @@ def main():
               if (out / "checkpoint.pt").exists() else "\ninterrupted with nothing to save yet",
               file=sys.stderr)
         sys.exit(130)
-    except torch.OutOfMemoryError:
-        raise UserError("the GPU has too little free memory: try a smaller --batch-size") from None
     if len(results) > 1:
         print(f"\n{runs} runs: {statistics.mean(results):.2%} +- {statistics.stdev(results):.2%} "
               f"(min {min(results):.2%}, max {max(results):.2%}), averaged weights, last epoch")
