@@ -11,7 +11,7 @@ A residual network of eight convolutions:
     fc      fully connected, softmax                            10
 
 with R = conv 3x3, BN, ReLU, conv 3x3, BN, ReLU. Each layer halves the picture and doubles the
-channels, so that all convolutions but the first cost about the same. Pooling stands *before* batch
+channels, so that the first convolutions of all three cost the same. Pooling stands *before* batch
 normalisation, which has a quarter of the pixels to read. The shape is David Page's ResNet-9.
 
     python model.py        prints the table with parameters and multiply-accumulates
