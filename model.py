@@ -188,7 +188,7 @@ def run(main):
 def check_zip(path):
     """Raise UserError unless path is a zip (.npz, torch.save) with every checksum right.
 
-    Neither np.load nor torch.load looks at all of them: both take a flipped bit in silence.
+    torch.load by itself looks at none of them: it takes a flipped bit in silence.
     """
     try:
         with zipfile.ZipFile(path) as archive:

@@ -40,6 +40,7 @@ CHECKPOINT = "settings", "history", "model", "average", "optimizer", "scaler"
 ROW = ("{epoch:5}{lr:9.4f}{loss:8.4f}{train:9.2%}{raw:9.2%}{averaged:10.2%}{seconds:8.1f}"
        "{speed:10,.0f}")
 
+
 def train_epoch(model, average, optimizer, scaler, schedule, loader, seed, epoch):
     """One pass over the training set; returns the last learning rate, mean loss and accuracy."""
     device, loss_function = loader.images.device, make_loss()
@@ -95,8 +96,7 @@ def parse():
     add("--epochs", metavar="N", type=int, help=f"({EPOCHS}; on generated images {DEMO_EPOCHS})")
     add("--batch-size", metavar="N", type=int, help="(512; on generated images 128)")
     add("--lr-max", metavar="LR", type=float, help="LRMAX, instead of searching for it")
-    add("--peak-epoch", metavar="E", type=float,
-        help=f"epochs until the learning rate is LRMAX ({PEAK_EPOCH}/{EPOCHS} of all)")
+    add("--peak-epoch", metavar="E", type=float, help="epochs until LRMAX (5/24 of all)")
     add("--seed", metavar="N", type=int, help="(0)")
     add("--runs", metavar="N", type=int, help="train with N seeds, from --seed on; mean and std")
     add("--out", metavar="DIR", help="folder for the results (the first free one of runs/1, ...)")
