@@ -117,9 +117,8 @@ if triton:
         cut_row, cut_column = row - cut_y + CUT // 2, column - cut_x + CUT // 2
         cut = ((cut_row >= 0) & (cut_row < CUT))[:, None] \
             & ((cut_column >= 0) & (cut_column < CUT))[None, :]                     # (32, 128)
-        value = tl.where(cut, 0.0, value)
         target = out + image * (SIZE * SIZE * 3) + (row * SIZE * 3)[:, None] + lane[None, :]
-        tl.store(target, value.to(out.dtype.element_ty), mask=inside)
+        tl.store(target, tl.where(cut, 0.0, value).to(out.dtype.element_ty), mask=inside)
 
 
 def fused_augment(images, draws, mean, inverse_std, dtype):
@@ -150,7 +149,8 @@ class Loader:
     def __init__(self, images, labels, mean, inverse_std, batch_size, dtype, device):
         self.images, self.labels = images.to(device).contiguous(), labels.to(device)
         self.mean, self.inverse_std = mean.to(device), inverse_std.to(device)
-        self.batch_size, self.dtype, self.augment = batch_size, dtype, pick_augment(device, dtype)
+        self.batch_size = min(batch_size, len(images))
+        self.dtype, self.augment = dtype, pick_augment(device, dtype)
 
     def __len__(self):
         """Training batches an epoch; the images that do not fill one sit this epoch out."""
@@ -179,6 +179,7 @@ class Dataset(NamedTuple):
     test_images: torch.Tensor
     test_labels: torch.Tensor
     real: bool = True
+    batch_size: int = 512     # of train.py, unless --batch-size says otherwise
 
 
 def load(source, data_dir="data"):
@@ -188,9 +189,8 @@ def load(source, data_dir="data"):
     try:
         return load_cifar10(data_dir)
     except UserError as error:
-        # Where there are files, somebody means them: generated images would hide the damage.
         if source == "cifar10" or Path(data_dir, "cifar-10-batches-py").exists():
-            raise
+            raise                      # generated images would hide that these are damaged
         print(f"{error}\nTHIS IS NOT CIFAR-10: going on with generated images", file=sys.stderr)
         return synthetic()
 
@@ -258,7 +258,7 @@ def synthetic(train=2560, test=1000):
     images = np.where(shape, colour, ground) + random.normal(0, 12, (count, SIZE, SIZE, 3))
     images, labels = torch.from_numpy(images.clip(0, 255).astype(np.uint8)), torch.tensor(labels)
     return Dataset("generated images", [*shapes], images[:train], labels[:train],
-                   images[train:], labels[train:], real=False)
+                   images[train:], labels[train:], real=False, batch_size=128)
 
 
 def normalisation(images):

@@ -231,9 +231,8 @@ def main():
     if args.steps < FEWEST or not 0 <= args.seed < 2**32:
         raise UserError(f"--steps must be {FEWEST} or more, and --seed in 0 .. {2**32 - 1}")
     device, data = pick_device(), load(args.data, args.data_dir)
-    batch_size = min(512 if data.real else 128, len(data.train_images))        # train.py's
     loader = Loader(data.train_images, data.train_labels, *normalisation(data.train_images),
-                    batch_size, precision(device), device)
+                    data.batch_size, precision(device), device)
     model = make_model(device, args.seed, len(data.classes))
     batches = (batch for e in itertools.count() for batch in loader.epoch(args.seed, e))
     curve = range_test(model, make_optimizer(model, LR_START), make_loss(), batches,

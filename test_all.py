@@ -1007,6 +1007,16 @@ def test_a_gpu_that_triton_cannot_serve_means_plain_torch_said_once(monkeypatch,
     assert err.count("\n") == 1 and "compute capability 5.2" in err
 
 
+def test_a_gpu_without_memory_is_one_line_that_tells_what_to_try(capsys):
+    def full():
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.\nand more lines")
+
+    with pytest.raises(SystemExit, match="2"):
+        model.run(full)
+    err = capsys.readouterr().err
+    assert err.count("\n") == 1 and "--batch-size" in err
+
+
 def test_help_names_every_option():
     status, out, _ = command("-h")
     assert status == 0

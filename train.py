@@ -120,7 +120,7 @@ def settle(given, resume):
     if settings.setdefault("sha256", digest) != digest:
         raise UserError(f"{data.name} has other images than this run: name the same with --data")
     settings.setdefault("epochs", EPOCHS if data.real else DEMO_EPOCHS)
-    settings.setdefault("batch_size", min(512 if data.real else 128, len(data.train_images)))
+    settings.setdefault("batch_size", min(data.batch_size, len(data.train_images)))
     settings.setdefault("peak_epoch", settings["epochs"] * PEAK_EPOCH / EPOCHS)
     for name, least, most in (("epochs", 1, 10_000), ("batch_size", 2, len(data.train_images)),
                               ("peak_epoch", 0, settings["epochs"]), ("seed", 0, 2**32 - 1),
