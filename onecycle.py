@@ -110,4 +110,5 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    from model import run
+    run(main)
