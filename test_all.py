@@ -694,7 +694,9 @@ def outcome(run):
 def test_same_seed_same_run_bit_for_bit_and_another_seed_another(folder):
     for seed, same in ((0, True), (1, False)):
         assert command(*options(folder), "--seed", seed, "--out", folder / f"again{seed}")[0] == 0
-        assert (outcome(folder / f"again{seed}") == outcome(folder / "whole")) == same
+        again, whole = outcome(folder / f"again{seed}"), outcome(folder / "whole")
+        assert (again == whole) == same                  # the settings, too, differ with the seed:
+        assert (again["weights"] == whole["weights"]) == same
 
 
 # Runs the command line in sys.argv and dies as its first two words say: at an optimizer step or
