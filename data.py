@@ -8,9 +8,8 @@ as uint8, and never comes back. An epoch is then a table of random numbers, one 
     flip           1 = mirrored left to right
     cut_y, cut_x   centre of the 8 x 8 cutout (0 .. 31 each); what passes the border is clipped
 
-and a batch is a *pure function* of the bytes and 512 rows of that table: `augment`, in plain torch.
-`fused_augment` is the same in one Triton kernel, bit for bit: it reads 3,072 bytes an image, writes
-6,144 (in bf16), and nothing in between goes through memory.
+and a batch is a *pure function* of the bytes and 512 rows of that table: `augment` in plain torch;
+the same bits from one Triton kernel, `fused_augment`: 3,072 bytes an image in, 6,144 (bf16) out.
 
     python data.py         draws augmented.png and times the loader against the alternatives
 """
@@ -125,7 +124,8 @@ def fused_augment(images, draws, mean, inverse_std, dtype):
     """`augment` in one launch: the same arguments, the same bits."""
     assert triton, f"no Triton: {why_not}"
     out = torch.empty((len(draws), SIZE, SIZE, 3), dtype=dtype, device=images.device)
-    augment_kernel[(len(draws),)](images, draws, mean, inverse_std, out, SIZE, PAD, CUT)
+    augment_kernel[(len(draws),)](images, draws, mean, inverse_std, out, SIZE, PAD, CUT,
+                                  enable_fp_fusion=False)    # Triton 3.8 wants to be told
     return out.permute(0, 3, 1, 2)
 
 
@@ -179,7 +179,7 @@ class Dataset(NamedTuple):
     test_images: torch.Tensor
     test_labels: torch.Tensor
     real: bool = True
-    batch_size: int = 512     # of train.py, unless --batch-size says otherwise
+    batch_size: int = 512     # unless train.py's --batch-size says otherwise
 
 
 def load(source, data_dir="data"):

@@ -6,7 +6,7 @@ and look at the loss (Smith, arXiv 1506.01186, section 3.3):
     loss ------.                            onset   the loss first falls for good
                 \            .'             LRMAX   the end of the descent: the lowest point before
                  \    /\   .'                       the first marked rise
-                  `--'  `-'                 stop    everything gained is lost again, or divergence
+                  `--'  `-'                 stop    half of what was gained is lost, or divergence
              onset  LRMAX    stop
 
     sweep    lr_k = lr_start * (lr_end / lr_start) ^ (k / (steps - 1)),    k = 0 .. steps - 1
@@ -31,7 +31,7 @@ import torch
 
 STEPS, LR_START, LR_END = 100, 0.005, 10.0
 AVERAGE = 0.8             # of the running loss that decides when to stop: about the last 5 batches
-WIDTH = 5                 # points to either side in the smoothing window, or a twentieth of all
+WIDTH = 5                 # points to either side in the smoothing window, or n / 20 if more
 RISE = 0.15               # of the whole fall: less is noise
 FALL = 0.10               # of the starting loss: a curve that falls less shows nothing
 FEWEST = 10               # points: on fewer nothing can be told from noise

@@ -8,12 +8,12 @@ r"""The one-cycle policy: one rise and one fall of the learning rate, and nothin
 
 Rising, the large rate is reached only once the weights are out of the steep start; at the top it
 is too large to settle in a narrow valley, which regularises; falling, the net settles in a wide
-one. That trains in a tenth of the usual steps, which Smith calls super-convergence (Smith and
+one. That can train in a tenth of the usual steps, which Smith calls super-convergence (Smith and
 Topin, arXiv 1708.07120; Smith, arXiv 1803.09820).
 
 Most libraries end with *annihilation*: the rate goes on down to zero. Here it does not, by
 specification: the last step still uses LRMIN, which leaves the weights jittering around the bottom
-of the valley. train.py averages them, and the average does what annihilation would have done.
+of the valley. train.py averages them, which takes the place of the annihilation.
 
 Step k of T (k = 0 .. T - 1) is the k-th optimizer step of the run, counted in batches, not epochs.
 At 97 batches an epoch and 24 epochs, T = 2328 and P = 5 * 97 = 485: step 0 uses LRMIN, step 485,
@@ -38,6 +38,8 @@ def one_cycle(step, total, peak, low, high, shape="linear", end=None):
     """
     if not (0 <= step < total and 0 <= peak < total):
         raise ValueError(f"step {step} and peak {peak} must lie in 0 .. {total - 1}")
+    if shape not in ("linear", "cosine"):
+        raise ValueError(f"shape must be 'linear' or 'cosine', not '{shape}'")
     if step < peak:
         start, stop, fraction = low, high, step / peak
     elif step == peak:            # by itself, since either slope may have no steps at all
@@ -47,8 +49,6 @@ def one_cycle(step, total, peak, low, high, shape="linear", end=None):
         fraction = (step - peak) / (total - 1 - peak)
     if shape == "cosine":
         fraction = (1 - math.cos(math.pi * fraction)) / 2
-    elif shape != "linear":
-        raise ValueError(f"shape must be 'linear' or 'cosine', not '{shape}'")
     return start + (stop - start) * fraction
 
 

@@ -107,7 +107,7 @@ def test_table_of_layers_counts_379_million_multiply_accumulates(capsys):
 
 
 def test_optimizer_is_nesterov_sgd_with_weight_decay_written_a_second_time():
-    """v <- .9 v + g,  w <- w - lr (g + .9 v)  with g the gradient + 5e-4 w."""
+    """v <- .9 v + g,  w <- w - lr (g + .9 v)  with g the gradient + 1e-3 w."""
     layer = nn.Linear(3, 2)
     optimizer = model.make_optimizer(layer, lr=0.1)
     w, v = layer.weight.detach().clone(), 0
@@ -115,7 +115,7 @@ def test_optimizer_is_nesterov_sgd_with_weight_decay_written_a_second_time():
         optimizer.zero_grad()
         (layer.weight ** 2 * (k + 1)).sum().backward()
         optimizer.step()
-        g = 2 * w * (k + 1) + 5e-4 * w
+        g = 2 * w * (k + 1) + 1e-3 * w
         v = 0.9 * v + g
         w = w - 0.1 * (g + 0.9 * v)
         torch.testing.assert_close(layer.weight.detach(), w)
@@ -183,8 +183,8 @@ def test_peak_at_either_end_and_shortest_runs(total, peak):
 
 
 @pytest.mark.parametrize("arguments", [(50, 50, 10), (-1, 50, 10), (0, 50, 50), (0, 50, -1),
-                                       (3, 50, 10, 1, 2, "square")])
-def test_schedule_refuses_steps_and_peaks_outside_the_run(arguments):
+                                       (3, 50, 10, 1, 2, "square"), (10, 50, 10, 1, 2, "square")])
+def test_schedule_refuses_steps_and_peaks_outside_the_run_and_unknown_shapes(arguments):
     with pytest.raises(ValueError):
         onecycle.one_cycle(*(*arguments, 1, 2)[:max(5, len(arguments))])
 

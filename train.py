@@ -33,7 +33,7 @@ from onecycle import EPOCHS, PEAK_EPOCH, OneCycle
 
 matplotlib.use("Agg")     # pictures go to files; no screen is needed
 
-LR_MAX = 0.4              # Page's, where the range test finds nothing
+LR_MAX = 0.2              # where the range test finds nothing; LR * weight decay is Page's
 AVERAGE_DECAY = 0.99      # d: an average over about the last 100 steps, one epoch
 DEMO_EPOCHS = 4           # on the 2,560 generated images, in batches of 128: 80 steps
 CHECKPOINT = "settings", "history", "model", "average", "optimizer", "scaler"
