@@ -125,7 +125,7 @@ def fused_augment(images, draws, mean, inverse_std, dtype):
     assert triton, f"no Triton: {why_not}"
     out = torch.empty((len(draws), SIZE, SIZE, 3), dtype=dtype, device=images.device)
     augment_kernel[(len(draws),)](images, draws, mean, inverse_std, out, SIZE, PAD, CUT,
-                                  enable_fp_fusion=False)    # Triton 3.8 wants to be told
+                                  enable_fp_fusion=False)    # none to fuse; unsaid, Triton warns
     return out.permute(0, 3, 1, 2)
 
 
