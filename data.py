@@ -41,13 +41,16 @@ SIZE, PAD, CUT = 32, 4, 8
 def draw_epoch(count, seed, epoch):
     """One epoch's table of random numbers, (count, 6) int32; the order is a permutation.
 
-    numpy seeds its generator with a hash of the pair (each 0 .. 2^32 - 1), not with the sum, where
-    epoch 1 of seed 0 would be epoch 0 of seed 1. Any epoch can be made again from nothing.
+    numpy hashes (seed, epoch), each 0 .. 2^32 - 1; by their sum, runs would share epochs.
     """
     random = np.random.default_rng((seed, epoch))
-    ranges = 2 * PAD + 1, 2 * PAD + 1, 2, SIZE, SIZE
-    columns = [random.permutation(count), *(random.integers(0, n, count) for n in ranges)]
-    return torch.from_numpy(np.stack(columns, axis=1).astype(np.int32))
+    order = random.permutation(count)
+    ranges = 2 * PAD + 1, 2 * PAD + 1, SIZE, SIZE
+    top, left, cut_y, cut_x = (random.integers(0, n, count) for n in ranges)
+    # Alternating flip (Jordan, arXiv 2404.00498): chance says which images start out mirrored; then
+    # each changes sides every epoch, so that any two epochs in a row show both sides of all.
+    flip = (np.random.default_rng((seed, 0, 1)).integers(0, 2, count)[order] + epoch) % 2
+    return torch.from_numpy(np.stack([order, top, left, flip, cut_y, cut_x], 1).astype(np.int32))
 
 
 def plain_draws(count):
@@ -215,8 +218,7 @@ def load_npz(path):
     check_zip(path)
     try:
         with np.load(path, allow_pickle=False) as archive:
-            arrays = [archive[f"{split}_{what}"] for split in ("train", "test")
-                      for what in ("images", "labels")]
+            arrays = [archive[name] for name in Dataset._fields[2:6]]
     except Exception as error:         # a key is missing, or an array holds pickled objects
         raise UserError(f"{path}: {first_line(error)}; see --data in train.py -h")
     classes = len(np.unique(arrays[1]))
@@ -235,10 +237,8 @@ def load_npz(path):
 
 
 def synthetic(train=2560, test=1000):
-    """Ten classes of drawn shapes, to train on where CIFAR-10 is not at hand; all survive a flip.
-
-    Place, size and both colours are random, so a linear classifier stays far below 50 %.
-    """
+    """Ten classes of drawn shapes to train on where CIFAR-10 is missing; all survive a flip."""
+    # Place, size and both colours are random, so a linear classifier stays far below 50 %.
     random, count = np.random.default_rng(0), train + test
     radius = random.uniform(7, 12, (count, 1, 1))
     y = np.arange(SIZE)[:, None] - random.uniform(11, 21, (count, 1, 1))       # (count, 32, 1)

@@ -144,11 +144,6 @@ def make_scaler(device):
     return torch.amp.GradScaler(device.type, enabled=precision(device) == torch.float16)
 
 
-def float_tensors(model):
-    """Weights and BatchNorm's statistics, sharing the model's memory."""
-    return [tensor for tensor in model.state_dict().values() if tensor.is_floating_point()]
-
-
 @torch.no_grad()
 def accuracy(model, loader, flip=False):
     """Share of the split that model gets right; flip: averaged over pictures and mirror images."""

@@ -231,6 +231,19 @@ def test_draws_are_uniform():
         assert ((counts - expected).square() / expected).sum() < limit
 
 
+def test_every_image_shows_its_other_side_in_the_next_epoch_and_chance_says_which_is_first():
+    flips = {}
+    for seed in (0, 1):
+        for epoch in (0, 1, 2):
+            draws = data.draw_epoch(10_000, seed, epoch)
+            flips[seed, epoch] = draws[draws[:, 0].argsort(), 3]         # by image
+        assert torch.equal(flips[seed, 1], 1 - flips[seed, 0])
+        assert torch.equal(flips[seed, 2], flips[seed, 0])
+        assert abs(flips[seed, 0].sum() - 5000) < 200                    # 4 standard deviations
+    agree = (flips[0, 0] == flips[1, 0]).sum()                           # of two seeds: by chance
+    assert abs(agree - 5000) < 200
+
+
 def test_augment_is_torchvisions_pad_crop_flip_normalize_erase():
     draws = every_draw()
     ours = data.augment(PICTURES, draws, MEAN, INVERSE_STD, torch.float32)

@@ -22,13 +22,13 @@ from pathlib import Path
 import matplotlib
 import matplotlib.pyplot as plt
 import torch
-from torch.optim.swa_utils import get_ema_multi_avg_fn
+from torch.optim.swa_utils import get_ema_multi_avg_fn, update_bn
 from tqdm import tqdm
 
 import lrfinder
 from data import Loader, load, normalisation
-from model import (UserError, accuracy, autocast, float_tensors, make_loss, make_model,
-                   make_optimizer, make_scaler, pick_device, precision, restore, run, save)
+from model import (UserError, accuracy, autocast, make_loss, make_model, make_optimizer,
+                   make_scaler, pick_device, precision, restore, run, save)
 from onecycle import EPOCHS, PEAK_EPOCH, OneCycle
 
 matplotlib.use("Agg")     # pictures go to files; no screen is needed
@@ -44,7 +44,7 @@ ROW = ("{epoch:5}{lr:9.4f}{loss:8.4f}{train:9.2%}{raw:9.2%}{averaged:10.2%}{seco
 def train_epoch(model, average, optimizer, scaler, schedule, loader, seed, epoch):
     """One pass over the training set; returns the last learning rate, mean loss and accuracy."""
     device, loss_function = loader.images.device, make_loss()
-    weights, averages = float_tensors(model), float_tensors(average)
+    weights, averages = list(model.parameters()), list(average.parameters())
     loss_sum, correct = torch.zeros(2, device=device)
     model.train()
     batches = tqdm(loader.epoch(seed, epoch), f"epoch {epoch + 1}", len(loader), leave=False,
@@ -64,6 +64,9 @@ def train_epoch(model, average, optimizer, scaler, schedule, loader, seed, epoch
         # Summed on the device: asking for a number here would make the GPU wait for Python.
         loss_sum += loss.detach()
         correct += (log_probabilities.argmax(1) == labels).sum()
+    # No weights had the average's activations yet: ten batches measure BatchNorm's statistics anew.
+    with autocast(device):
+        update_bn(itertools.islice(loader.epoch(seed, epoch), 10), average)
     return lr, loss_sum.item() / len(loader), correct.item() / (len(loader) * loader.batch_size)
 
 
