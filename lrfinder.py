@@ -201,7 +201,7 @@ def plot(curve, ax, suggestion=None):
 
 def report(curve, path):
     """Draw the curve into the file `path`; return (Suggestion or None, one line of words)."""
-    import matplotlib.pyplot as plt
+    from matplotlib.figure import Figure             # unlike pyplot, it never needs a screen
     try:
         found = suggest(curve)
         words = f"LRMIN {found.lr_min:.3g} LRMAX {found.lr_max:.3g} onset {found.onset:.3g}"
@@ -209,10 +209,9 @@ def report(curve, path):
             words += " (LRMIN is below the onset: the first steps will do little)"
     except NotFound as problem:
         found, words = None, f"not found: {problem}"
-    figure, ax = plt.subplots(figsize=(7, 4), layout="constrained")
-    plot(curve, ax, found)
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    plot(curve, figure.subplots(), found)
     figure.savefig(path, dpi=110)
-    plt.close(figure)
     return found, words
 
 

@@ -91,15 +91,13 @@ def plot(ax, total, peak, high):
 
 
 def main():
-    import matplotlib
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
+    from matplotlib.figure import Figure             # unlike pyplot, it never needs a screen
     steps_per_epoch = 50_000 // 512                                                # 97
     total, peak = EPOCHS * steps_per_epoch, PEAK_EPOCH * steps_per_epoch           # 2328, 485
     for step in (0, peak, total - 1):
         print(f"step {step:4}: {one_cycle(step, total, peak, 1 / LR_RATIO, 1):.2f} x LRMAX")
-    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.6), width_ratios=(2, 1),
-                                         layout="constrained")
+    figure = Figure(figsize=(10, 3.6), layout="constrained")
+    left, right = figure.subplots(1, 2, width_ratios=(2, 1))
     plot(left, total, peak, 1)
     momentum = [one_cycle(k, total, peak, 0.95, MOMENTUM_LOW) for k in range(total)]
     right.plot(momentum, linewidth=2)

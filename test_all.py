@@ -643,7 +643,7 @@ def test_smoothing_is_central_keeps_straight_lines_and_the_length():
 
 
 def test_plot_draws_on_the_axis_it_is_given():
-    figure, ax = train.plt.subplots()
+    ax = train.Figure().subplots()
     curve = curve_of(*FALL_AND_RISE)
     lrfinder.plot(curve, ax, lrfinder.suggest(curve))
     assert ax.get_xscale() == "log"
@@ -823,24 +823,43 @@ class Recorder:
         return 0.01
 
 
-def test_averaged_weights_are_torchs_averaged_model():
+@pytest.fixture(scope="module")
+def averaged():
+    """The average after an epoch of 8 steps, the weights before and after each, and the loader."""
     net = model.make_model(CPU)
     average, recorder = copy.deepcopy(net), Recorder(net)
     images = torch.from_numpy(small_arrays()["train_images"])
     loader = data.Loader(images, torch.arange(32) % 4, MEAN, INVERSE_STD, 4, torch.float32, CPU)
     train.train_epoch(net, average, model.make_optimizer(net, 0.01), model.make_scaler(CPU),
                       recorder, loader, seed=0, epoch=0)
+    return average, [*recorder.weights, net], loader
+
+
+def test_averaged_weights_are_torchs_averaged_model(averaged):
+    average, weights, _ = averaged
 
     def blend(averaged, current, count):       # count is 1 for the first step after the start
         d = min(0.99, count / (count + 9))
-        return d * averaged + (1 - d) * current if averaged.is_floating_point() else current
+        return d * averaged + (1 - d) * current
 
-    oracle = AveragedModel(recorder.weights[0], avg_fn=blend, use_buffers=True)
-    for weights in [*recorder.weights, net]:
-        oracle.update_parameters(weights)
-    for ours, theirs in zip(model.float_tensors(average), model.float_tensors(oracle.module),
-                            strict=True):
+    oracle = AveragedModel(weights[0], avg_fn=blend)
+    for each in weights:
+        oracle.update_parameters(each)
+    for ours, theirs in zip(average.parameters(), oracle.module.parameters(), strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-6)
+
+
+def test_averaged_weights_have_batch_statistics_of_their_own(averaged):
+    """The mean over the batches of each batch's mean and variance after the first convolution."""
+    average, weights, loader = averaged
+    convolution, bn, _ = average.prep
+    outputs = [convolution(x).detach() for x, _ in loader.epoch(0, 0)]
+    outputs, raw_bn = torch.stack(outputs), weights[-1].prep[1]           # (8, 4, 64, 32, 32)
+    for measured, expected, raw in (
+            (bn.running_mean, outputs.mean((1, 3, 4)), raw_bn.running_mean),
+            (bn.running_var, outputs.var((1, 3, 4)), raw_bn.running_var)):
+        torch.testing.assert_close(measured, expected.mean(0), rtol=1e-4, atol=1e-5)
+        assert not torch.allclose(measured, raw, rtol=1e-2, atol=1e-3)
 
 
 class Constant(nn.Module):

@@ -19,9 +19,8 @@ import sys
 import time
 from pathlib import Path
 
-import matplotlib
-import matplotlib.pyplot as plt
 import torch
+from matplotlib.figure import Figure      # unlike pyplot, it never needs a screen
 from torch.optim.swa_utils import get_ema_multi_avg_fn, update_bn
 from tqdm import tqdm
 
@@ -30,8 +29,6 @@ from data import Loader, load, normalisation
 from model import (UserError, accuracy, autocast, make_loss, make_model, make_optimizer,
                    make_scaler, pick_device, precision, restore, run, save)
 from onecycle import EPOCHS, PEAK_EPOCH, OneCycle
-
-matplotlib.use("Agg")     # pictures go to files; no screen is needed
 
 LR_MAX = 0.2              # where the range test finds nothing; LR * weight decay is Page's
 AVERAGE_DECAY = 0.99      # d: an average over about the last 100 steps, one epoch
@@ -64,7 +61,8 @@ def train_epoch(model, average, optimizer, scaler, schedule, loader, seed, epoch
         # Summed on the device: asking for a number here would make the GPU wait for Python.
         loss_sum += loss.detach()
         correct += (log_probabilities.argmax(1) == labels).sum()
-    # No weights had the average's activations yet: ten batches measure BatchNorm's statistics anew.
+    # The average itself has seen no batch yet: measure BatchNorm's statistics under it, on ten of
+    # the training batches, as after any averaging of weights (Izmailov et al., arXiv 1803.05407).
     with autocast(device):
         update_bn(itertools.islice(loader.epoch(seed, epoch), 10), average)
     return lr, loss_sum.item() / len(loader), correct.item() / (len(loader) * loader.batch_size)
@@ -212,14 +210,13 @@ def finish(settings, data, average, history, test_loader, out):
         "weights": average.state_dict(), "classes": data.classes, "mean": test_loader.mean,
         "inverse_std": test_loader.inverse_std, "settings": settings, "last_epoch": last})
     (out / "history.json").write_text(json.dumps({**settings, "history": history}, indent=1))
-    figure, axes = plt.subplots(1, 2, figsize=(9, 3.6), layout="constrained")
-    for ax, keys in zip(axes, (["loss"], ["averaged", "raw", "train"])):
+    figure = Figure(figsize=(9, 3.6), layout="constrained")
+    for ax, keys in zip(figure.subplots(1, 2), (["loss"], ["averaged", "raw", "train"])):
         for key in keys:
             ax.plot([row["epoch"] for row in history], [row[key] for row in history], label=key)
         ax.set(xlabel="epoch", ylabel="training loss" if keys == ["loss"] else "accuracy")
-    axes[1].legend()
+    ax.legend()                                  # of the accuracies, drawn last
     figure.savefig(out / "curves.png", dpi=100)
-    plt.close(figure)
     print(f"\nlast epoch: {last['averaged']:.2%} of the test set right with averaged weights, "
           f"{last['raw']:.2%} with raw ones\n(not the result: {flipped:.2%} with each image and "
           f"its mirror image averaged)\n{out} holds model.pt, history.json and curves.png")
