@@ -5,7 +5,7 @@ as uint8, and never comes back. An epoch is then a table of random numbers, one 
 
     index          which image
     top, left      where the 32 x 32 crop starts in the image padded by 4 (0 .. 8 each)
-    flip           1 = mirrored left to right
+    flip           1 = mirrored left to right: by chance in epoch 0, then every other epoch
     cut_y, cut_x   centre of the 8 x 8 cutout (0 .. 31 each); what passes the border is clipped
 
 and a batch is a *pure function* of the bytes and 512 rows of that table: `augment` in plain torch;
@@ -41,14 +41,14 @@ SIZE, PAD, CUT = 32, 4, 8
 def draw_epoch(count, seed, epoch):
     """One epoch's table of random numbers, (count, 6) int32; the order is a permutation.
 
-    numpy hashes (seed, epoch), each 0 .. 2^32 - 1; by their sum, runs would share epochs.
+    Seeded by a hash of (seed, epoch), each 0 .. 2^32 - 1: by the sum, seeds would share epochs.
     """
     random = np.random.default_rng((seed, epoch))
     order = random.permutation(count)
     ranges = 2 * PAD + 1, 2 * PAD + 1, SIZE, SIZE
     top, left, cut_y, cut_x = (random.integers(0, n, count) for n in ranges)
-    # Alternating flip (Jordan, arXiv 2404.00498): chance says which images start out mirrored; then
-    # each changes sides every epoch, so that any two epochs in a row show both sides of all.
+    # Alternating flip (Jordan, arXiv 2404.00498): chance says on which side an image starts, then
+    # it changes sides every epoch. (seed, 0, 1) is no (seed, epoch): numpy pads those with zeros.
     flip = (np.random.default_rng((seed, 0, 1)).integers(0, 2, count)[order] + epoch) % 2
     return torch.from_numpy(np.stack([order, top, left, flip, cut_y, cut_x], 1).astype(np.int32))
 
@@ -160,7 +160,7 @@ class Loader:
         return len(self.images) // self.batch_size
 
     def epoch(self, seed, epoch):
-        """Yield (inputs (B, 3, 32, 32), labels (B,)): each image once, in the epoch's own order."""
+        """Yield (inputs (B, 3, 32, 32), labels (B,)), no image twice, in the epoch's own order."""
         return self.batches(draw_epoch(len(self.images), seed, epoch)[:len(self) * self.batch_size])
 
     def plain(self):
@@ -268,11 +268,11 @@ def normalisation(images):
 
 
 def draw(data, path):
-    """Five images, a row each: stored, padded, cropped, flipped, cut out, then three at random."""
+    """Five images, a row each: stored, padded, cropped, flipped, cut out; in epochs 1, 2 and 3."""
     draws = plain_draws(5).repeat(8, 1, 1)                                     # (8, 5, 6)
     draws[2:, :, 1:3], draws[3:, :, 3] = torch.tensor([1, 8]), 1               # up and right; flip
-    draws[4:, :, 4:] = draw_epoch(5, 0, 0)[:, 4:]
-    draws[5:, :, 1:] = torch.stack([draw_epoch(5, 0, k)[:, 1:] for k in (1, 2, 3)])
+    epochs = torch.stack([e[e[:, 0].argsort()] for e in (draw_epoch(5, 0, k) for k in range(4))])
+    draws[4, :, 4:], draws[5:] = epochs[0, :, 4:], epochs[1:]
     draws, (mean, inverse_std) = draws.transpose(0, 1), normalisation(data.train_images)
     values = augment(data.train_images, draws.reshape(40, 6), mean, inverse_std, torch.float32)
     images = (values / inverse_std[:, None, None] + mean[:, None, None]) / 255  # (40, 3, 32, 32)

@@ -220,16 +220,17 @@ def main():
     import itertools
 
     from data import Loader, load, normalisation
-    from model import (UserError, autocast, make_loss, make_model, make_optimizer, make_scaler,
-                       pick_device, precision)
+    from model import (UserError, autocast, fail, make_loss, make_model, make_optimizer,
+                       make_scaler, pick_device, precision)
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.error = fail
     parser.add_argument("--data", default="auto", help="as for train.py (auto)")
     parser.add_argument("--data-dir", default="data", help="as for train.py (data)")
     parser.add_argument("--steps", type=int, default=STEPS, help=f"batches ({STEPS})")
     parser.add_argument("--seed", type=int, default=0, help="(0)")
     args = parser.parse_args()
     if args.steps < FEWEST or not 0 <= args.seed < 2**32:
-        raise UserError(f"--steps must be {FEWEST} or more, and --seed in 0 .. {2**32 - 1}")
+        fail(f"--steps must be {FEWEST} or more, and --seed in 0 .. {2**32 - 1}")
     device, data = pick_device(), load(args.data, args.data_dir)
     loader = Loader(data.train_images, data.train_labels, *normalisation(data.train_images),
                     data.batch_size, precision(device), device)

@@ -162,6 +162,11 @@ class UserError(Exception):
     """Something that the user can put right; its text is one line that says how."""
 
 
+def fail(message):
+    """What argparse's `error` does otherwise in several lines."""
+    raise UserError(f"{message} (-h explains)")
+
+
 def first_line(error):
     """What an exception says first."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]

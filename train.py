@@ -11,35 +11,37 @@ epoch is the result: to pick the best epoch would be to fit the test set.
 import argparse
 import copy
 import hashlib
-import itertools
 import json
 import math
 import statistics
 import sys
 import time
+from itertools import count, islice
 from pathlib import Path
 
 import torch
 from matplotlib.figure import Figure      # unlike pyplot, it never needs a screen
+from torch.nn.utils import get_total_norm
 from torch.optim.swa_utils import get_ema_multi_avg_fn, update_bn
 from tqdm import tqdm
 
 import lrfinder
 from data import Loader, load, normalisation
-from model import (UserError, accuracy, autocast, make_loss, make_model, make_optimizer,
+from model import (UserError, accuracy, autocast, fail, make_loss, make_model, make_optimizer,
                    make_scaler, pick_device, precision, restore, run, save)
 from onecycle import EPOCHS, PEAK_EPOCH, OneCycle
 
 LR_MAX = 0.2              # where the range test finds nothing; LR * weight decay is Page's
 AVERAGE_DECAY = 0.99      # d: an average over about the last 100 steps, one epoch
+SAMPLE = 5120             # training images that give the average its BatchNorm statistics
 DEMO_EPOCHS = 4           # on the 2,560 generated images, in batches of 128: 80 steps
 CHECKPOINT = "settings", "history", "model", "average", "optimizer", "scaler"
 ROW = ("{epoch:5}{lr:9.4f}{loss:8.4f}{train:9.2%}{raw:9.2%}{averaged:10.2%}{seconds:8.1f}"
        "{speed:10,.0f}")
 
 
-def train_epoch(model, average, optimizer, scaler, schedule, loader, seed, epoch):
-    """One pass over the training set; returns the last learning rate, mean loss and accuracy."""
+def train_epoch(schedule, loader, seed, epoch, model, average, optimizer, scaler):
+    """Train for an epoch, refresh the average; return last learning rate, mean loss, accuracy."""
     device, loss_function = loader.images.device, make_loss()
     weights, averages = list(model.parameters()), list(average.parameters())
     loss_sum, correct = torch.zeros(2, device=device)
@@ -61,10 +63,10 @@ def train_epoch(model, average, optimizer, scaler, schedule, loader, seed, epoch
         # Summed on the device: asking for a number here would make the GPU wait for Python.
         loss_sum += loss.detach()
         correct += (log_probabilities.argmax(1) == labels).sum()
-    # The average itself has seen no batch yet: measure BatchNorm's statistics under it, on ten of
-    # the training batches, as after any averaging of weights (Izmailov et al., arXiv 1803.05407).
+    # No batch has run through these averaged weights yet: measure BatchNorm's statistics under them
+    # (Izmailov et al., arXiv 1803.05407; they take all of the training images).
     with autocast(device):
-        update_bn(itertools.islice(loader.epoch(seed, epoch), 10), average)
+        update_bn(islice(loader.epoch(seed, epoch), math.ceil(SAMPLE / loader.batch_size)), average)
     return lr, loss_sum.item() / len(loader), correct.item() / (len(loader) * loader.batch_size)
 
 
@@ -73,7 +75,7 @@ def find_lr_max(model, optimizer, scaler, loader, seed, out):
     start, device = time.time(), loader.images.device
     # At most four epochs' worth: on a small set a long search would outweigh the training.
     steps = min(lrfinder.STEPS, 4 * len(loader))
-    batches = (batch for e in itertools.count() for batch in loader.epoch(seed, e))
+    batches = (batch for e in count() for batch in loader.epoch(seed, e))
     with tqdm(batches, "range test", steps, leave=False, disable=None) as bar:
         curve = lrfinder.range_test(model, optimizer, make_loss(), bar, steps=steps, scaler=scaler,
                                     autocast=lambda: autocast(device))
@@ -85,8 +87,6 @@ def find_lr_max(model, optimizer, scaler, loader, seed, out):
 
 def parse():
     """The options that were given, by name."""
-    def fail(message):
-        raise UserError(f"{message} (train.py -h explains)")
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0],
                                      argument_default=argparse.SUPPRESS)
     parser.error, add = fail, parser.add_argument
@@ -134,7 +134,7 @@ def settle(given, resume):
 
 def make_folder(out):
     """The folder of a new run: `out`, or where that is None the first free one of runs/1, ..."""
-    free = (k for k in itertools.count(1) if not Path("runs", str(k)).exists())
+    free = (k for k in count(1) if not Path("runs", str(k)).exists())
     out = Path(out or f"runs/{next(free)}")
     if (out / "checkpoint.pt").exists():
         raise UserError(f"{out} holds a run: go on with --resume {out}, or name another --out")
@@ -190,12 +190,12 @@ def train_run(settings, data, checkpoint, out):
         if len(history) == epochs:
             return finish(settings, data, parts["average"], history, test_loader, out)
         start, epoch = time.time(), len(history)
-        lr, loss, train_accuracy = train_epoch(**parts, schedule=schedule, loader=train_loader,
-                                               seed=seed, epoch=epoch)
+        lr, loss, train_accuracy = train_epoch(schedule, train_loader, seed, epoch, **parts)
         seconds = time.time() - start
-        if not math.isfinite(loss):                # one look an epoch, and nothing overwritten
-            raise UserError(f"the loss is {loss} in epoch {epoch + 1} at learning rate {lr:.3g}: "
-                            f"try --lr-max {schedule.lr_max / 4:.2g}; {out} holds epoch {epoch}")
+        # One look an epoch, at the weights too, since a loss only shows those before its step.
+        if not math.isfinite(loss + get_total_norm(parts["model"].parameters())):
+            raise UserError(f"epoch {epoch + 1} diverged, its loss {loss:.3g} or its weights are not "
+                            f"finite: try --lr-max {schedule.lr_max / 4:.2g}; {out} holds epoch {epoch}")
         history.append({"epoch": epoch + 1, "lr": lr, "loss": loss, "train": train_accuracy,
                         "raw": accuracy(parts["model"], test_loader),
                         "averaged": accuracy(parts["average"], test_loader), "seconds": seconds,
