@@ -194,8 +194,8 @@ def train_run(settings, data, checkpoint, out):
         seconds = time.time() - start
         # One look an epoch, at the weights too, since a loss only shows those before its step.
         if not math.isfinite(loss + get_total_norm(parts["model"].parameters())):
-            raise UserError(f"epoch {epoch + 1} diverged, its loss {loss:.3g} or its weights are not "
-                            f"finite: try --lr-max {schedule.lr_max / 4:.2g}; {out} holds epoch {epoch}")
+            raise UserError(f"epoch {epoch + 1} diverged (loss {loss:.3g}) and is not saved: try "
+                            f"--lr-max {schedule.lr_max / 4:.2g}; {out} holds epoch {epoch}")
         history.append({"epoch": epoch + 1, "lr": lr, "loss": loss, "train": train_accuracy,
                         "raw": accuracy(parts["model"], test_loader),
                         "averaged": accuracy(parts["average"], test_loader), "seconds": seconds,
