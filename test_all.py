@@ -949,6 +949,7 @@ BAD_OPTIONS = [                                   # {} is the folder of own.npz 
     ("--peak-epoch -1", "--peak-epoch -1.0: it must lie in 0 .. 3"),
     ("--seed -1", "--seed -1: it must lie in 0"),
     ("--seed 4294967296", "--seed 4294967296: it must lie in 0"),
+    ("--seed 4294967295 --runs 2", "--seed 4294967295: it must lie in 0 .. 4294967294"),
     ("--runs 0", "--runs must be 1"),
     ("--warmup 3", "unrecognized arguments: --warmup 3"),
     ("--out {}/whole", "holds a run: go on with --resume"),

@@ -31,7 +31,7 @@ from model import (UserError, accuracy, autocast, fail, make_loss, make_model, m
                    make_scaler, pick_device, precision, restore, run, save)
 from onecycle import EPOCHS, PEAK_EPOCH, OneCycle
 
-LR_MAX = 0.2              # where the range test finds nothing; LR * weight decay is Page's
+LR_MAX = 0.2              # where the range test finds nothing: about what it found elsewhere
 AVERAGE_DECAY = 0.99      # d: an average over about the last 100 steps, one epoch
 SAMPLE = 5120             # training images that give the average its BatchNorm statistics
 DEMO_EPOCHS = 4           # on the 2,560 generated images, in batches of 128: 80 steps
@@ -105,7 +105,7 @@ def parse():
     return vars(parser.parse_args())
 
 
-def settle(given, resume):
+def settle(given, resume, runs=1):
     """Settings, data set and checkpoint (None for a new run) from the options that were given."""
     checkpoint = restore(Path(resume, "checkpoint.pt"), *CHECKPOINT) if resume else None
     settings = {"data": "auto", "data_dir": "data", "seed": 0, "lr_max": None}
@@ -124,7 +124,7 @@ def settle(given, resume):
     settings.setdefault("batch_size", min(data.batch_size, len(data.train_images)))
     settings.setdefault("peak_epoch", settings["epochs"] * PEAK_EPOCH / EPOCHS)
     for name, least, most in (("epochs", 1, 10_000), ("batch_size", 2, len(data.train_images)),
-                              ("peak_epoch", 0, settings["epochs"]), ("seed", 0, 2**32 - 1),
+                              ("peak_epoch", 0, settings["epochs"]), ("seed", 0, 2**32 - runs),
                               ("lr_max", 1e-9, 1e9)):
         if settings[name] is not None and not least <= settings[name] <= most:
             raise UserError(f"--{name.replace('_', '-')} {settings[name]}: it must lie in "
@@ -230,7 +230,7 @@ def main():
     out, runs, resume = (given.pop(name, None) for name in ("out", "runs", "resume"))
     if resume and (out or runs) or runs is not None and runs < 1:
         raise UserError("--runs must be 1 or more, and --resume goes without --runs and --out")
-    settings, data, checkpoint = settle(given, resume)
+    settings, data, checkpoint = settle(given, resume, runs or 1)
     folder, results = Path(resume) if resume else make_folder(out), []
     try:
         for seed in range(settings["seed"], settings["seed"] + (runs or 1)):
