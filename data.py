@@ -128,7 +128,7 @@ def fused_augment(images, draws, mean, inverse_std, dtype):
     assert triton, f"no Triton: {why_not}"
     out = torch.empty((len(draws), SIZE, SIZE, 3), dtype=dtype, device=images.device)
     augment_kernel[(len(draws),)](images, draws, mean, inverse_std, out, SIZE, PAD, CUT,
-                                  enable_fp_fusion=False)    # none to fuse; unsaid, Triton warns
+                                  enable_fp_fusion=False)    # none to fuse; unset, Triton 3.8 warns
     return out.permute(0, 3, 1, 2)
 
 
@@ -218,7 +218,7 @@ def load_npz(path):
     check_zip(path)
     try:
         with np.load(path, allow_pickle=False) as archive:
-            arrays = [archive[name] for name in Dataset._fields[2:6]]
+            arrays = [np.ascontiguousarray(archive[name]) for name in Dataset._fields[2:6]]
     except Exception as error:         # a key is missing, or an array holds pickled objects
         raise UserError(f"{path}: {first_line(error)}; see --data in train.py -h")
     classes = len(np.unique(arrays[1]))

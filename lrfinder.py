@@ -10,10 +10,10 @@ and look at the loss (Smith, arXiv 1506.01186, section 3.3):
              onset  LRMAX    stop
 
     sweep    lr_k = lr_start * (lr_end / lr_start) ^ (k / (steps - 1)),    k = 0 .. steps - 1
-    LRMAX    the lr of the smoothed curve's first minimum that is followed by a rise of more than
-             RISE = 15 % of the whole fall (and than the noise). On a JPEG copy of CIFAR-10, with
-             weight decay 5e-4, it is 0.185: 5 epochs there had 86.0 % of 5,000 held-out images
-             right, 83.1 % at a quarter of it, 86.4 % at 4 times (one run each)
+    LRMAX    the lr of the smoothed curve's first minimum, past half of the whole fall, that is
+             followed by a rise of more than RISE = 15 % of that fall (and than the noise). On a
+             JPEG copy of CIFAR-10, with weight decay 5e-4, it is 0.185: 5 epochs there had 86.0 %
+             of 5,000 held-out images right, at a quarter of it 83.1 %, at 4 times 86.4 % (n = 1)
     LRMIN    LRMAX / 10, for a cycle without annihilation (Smith, arXiv 1803.09820, section 4.1,
              where the range given is a tenth to a twentieth)
 
@@ -60,7 +60,7 @@ def everything_restored(model, optimizer, scaler):
     """Put back, bit for bit and after an exception too, all that training changes.
 
     The state_dicts of model, optimizer and scaler, gradients, train/eval flags, and the random
-    states of Python, numpy, the CPU and every CUDA GPU.
+    states of Python, numpy, the CPU and every CUDA GPU (not of Apple's).
     """
     devices = list(range(torch.cuda.device_count()))
     modes = {module: module.training for module in model.modules()}
@@ -132,9 +132,9 @@ def enough(running, lowest, losses):
         return False
     first = sum(losses[:5]) / 5
     gained = first - lowest
-    if gained > FALL * first:
+    if gained > FALL * abs(first):               # a log-likelihood of densities can be negative
         return running > lowest + gained / 2
-    return running > 4 * first
+    return running > first + 3 * abs(first)
 
 
 def smooth(losses):
@@ -166,10 +166,10 @@ def suggest(curve):
     if fall < max(FALL * abs(start), 3 * noise):
         raise NotFound("the loss never falls clearly: start the sweep lower, use larger batches or "
                        "more steps, or check model and data")
-    # Walk along the curve and keep the lowest point so far, until the loss stands clearly higher.
-    # Before half of the fall is done no rise counts: an early spike is no end.
+    # Walk along the curve and keep the lowest point so far, until the loss stands clearly higher:
+    # not before half of the fall (an early spike is no end), nor at the last, raw points.
     best = 0
-    for k, value in enumerate(smoothed):
+    for k, value in enumerate(smoothed[:-2]):
         if value < smoothed[best]:
             best = k
         elif start - smoothed[best] > fall / 2 and value - smoothed[best] > max(RISE * fall, noise):

@@ -27,8 +27,8 @@ from torch import nn
 
 # The recipe of train.py and of lrfinder.py: a range test must run what the training will run.
 MOMENTUM = 0.9            # Nesterov
-WEIGHT_DECAY = 2e-3       # times LRMAX (about 0.2) 4e-4; Page: 2e-4, with averaged weights 5e-4.
-                          # Where BN follows, that product counts (van Laarhoven, 1706.05350)
+WEIGHT_DECAY = 2e-3       # LRMAX * decay is 0.2 * 2e-3 = 4e-4; Page's 2e-4, with averaging 5e-4. It
+                          # is this product that counts under BN (van Laarhoven, 1706.05350)
 LABEL_SMOOTHING = 0.1     # the target is 0.9 on the class and 0.1 spread over all (Szegedy 2016)
 LOGIT_SCALE = 0.125       # see CustomResNet.forward
 
@@ -163,7 +163,7 @@ class UserError(Exception):
 
 
 def fail(message):
-    """What argparse's `error` does otherwise in several lines."""
+    """Refuse a command line; in place of argparse's own `error`, which takes several lines."""
     raise UserError(f"{message} (-h explains)")
 
 

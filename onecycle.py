@@ -6,10 +6,10 @@ r"""The one-cycle policy: one rise and one fall of the learning rate, and nothin
     LRMIN      /            \
                0  P          T-1
 
-Rising, the large rate is reached only once the weights are out of the steep start; at the top it
-is too large to settle in a narrow valley, which regularises; falling, the net settles in a wide
-one. That can train in a tenth of the usual steps, which Smith calls super-convergence (Smith and
-Topin, arXiv 1708.07120; Smith, arXiv 1803.09820).
+While it rises, the weights leave the steep start before the steps get large. At the top the steps
+are too large for a narrow valley of the loss; that regularises. While it falls, the weights settle
+in a wide valley. That can train in a tenth of the usual steps, which Smith calls super-convergence
+(Smith and Topin, arXiv 1708.07120; Smith, arXiv 1803.09820).
 
 Most libraries end with *annihilation*: the rate goes on down to zero. Here it does not, by
 specification: the last step still uses LRMIN, which leaves the weights jittering around the bottom
@@ -24,7 +24,7 @@ the first of the sixth epoch, LRMAX, and step 2327 LRMIN.
 import math
 
 EPOCHS, PEAK_EPOCH = 24, 5
-LR_RATIO = 10             # LRMAX / LRMIN
+LR_RATIO = 10             # LRMAX / LRMIN, as in lrfinder.py, which stands alone
 MOMENTUM_LOW = 0.85
 
 
@@ -59,13 +59,12 @@ class OneCycle:
     the same rate for the same step, so a resumed run needs nothing restored.
     """
 
-    def __init__(self, optimizer, total, peak, lr_max, lr_min=None, shape="linear"):
-        self.optimizer, self.shape = optimizer, shape
-        self.total, self.peak = total, peak
-        self.lr_max, self.lr_min = lr_max, lr_max / LR_RATIO if lr_min is None else lr_min
+    def __init__(self, optimizer, total, peak, lr_max):
+        self.optimizer, self.total, self.peak = optimizer, total, peak
+        self.lr_max, self.lr_min = lr_max, lr_max / LR_RATIO
 
     def set(self, step):
-        lr = one_cycle(step, self.total, self.peak, self.lr_min, self.lr_max, self.shape)
+        lr = one_cycle(step, self.total, self.peak, self.lr_min, self.lr_max)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         return lr

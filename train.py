@@ -31,7 +31,7 @@ from model import (UserError, accuracy, autocast, fail, make_loss, make_model, m
                    make_scaler, pick_device, precision, restore, run, save)
 from onecycle import EPOCHS, PEAK_EPOCH, OneCycle
 
-LR_MAX = 0.2              # where the range test finds nothing: about what it found elsewhere
+LR_MAX = 0.2              # where the range test finds nothing: about what it found on a JPEG copy
 AVERAGE_DECAY = 0.99      # d: an average over about the last 100 steps, one epoch
 SAMPLE = 5120             # training images that give the average its BatchNorm statistics
 DEMO_EPOCHS = 4           # on the 2,560 generated images, in batches of 128: 80 steps
@@ -73,8 +73,8 @@ def train_epoch(schedule, loader, seed, epoch, model, average, optimizer, scaler
 def find_lr_max(model, optimizer, scaler, loader, seed, out):
     """LRMAX by the range test on the training batches, or the documented constant."""
     start, device = time.time(), loader.images.device
-    # At most four epochs' worth: on a small set a long search would outweigh the training.
-    steps = min(lrfinder.STEPS, 4 * len(loader))
+    # About four epochs' worth: on a small set a long search would outweigh the training.
+    steps = max(2 * lrfinder.FEWEST, min(lrfinder.STEPS, 4 * len(loader)))
     batches = (batch for e in count() for batch in loader.epoch(seed, e))
     with tqdm(batches, "range test", steps, leave=False, disable=None) as bar:
         curve = lrfinder.range_test(model, optimizer, make_loss(), bar, steps=steps, scaler=scaler,
@@ -123,7 +123,7 @@ def settle(given, resume, runs=1):
     settings.setdefault("epochs", EPOCHS if data.real else DEMO_EPOCHS)
     settings.setdefault("batch_size", min(data.batch_size, len(data.train_images)))
     settings.setdefault("peak_epoch", settings["epochs"] * PEAK_EPOCH / EPOCHS)
-    for name, least, most in (("epochs", 1, 10_000), ("batch_size", 2, len(data.train_images)),
+    for name, least, most in (("epochs", 1, 10_000), ("batch_size", 1, len(data.train_images)),
                               ("peak_epoch", 0, settings["epochs"]), ("seed", 0, 2**32 - runs),
                               ("lr_max", 1e-9, 1e9)):
         if settings[name] is not None and not least <= settings[name] <= most:
