@@ -108,7 +108,7 @@ def test_table_of_layers_counts_379_million_multiply_accumulates(capsys):
 
 
 def test_optimizer_is_nesterov_sgd_with_weight_decay_written_a_second_time():
-    """v <- .9 v + g,  w <- w - lr (g + .9 v)  with g the gradient + 2e-3 w."""
+    """v <- .9 v + g,  w <- w - lr (g + .9 v)  with g the gradient + 1e-3 w."""
     layer = nn.Linear(3, 2)
     optimizer = model.make_optimizer(layer, lr=0.1)
     w, v = layer.weight.detach().clone(), 0
@@ -116,7 +116,7 @@ def test_optimizer_is_nesterov_sgd_with_weight_decay_written_a_second_time():
         optimizer.zero_grad()
         (layer.weight ** 2 * (k + 1)).sum().backward()
         optimizer.step()
-        g = 2 * w * (k + 1) + 2e-3 * w
+        g = 2 * w * (k + 1) + 1e-3 * w
         v = 0.9 * v + g
         w = w - 0.1 * (g + 0.9 * v)
         torch.testing.assert_close(layer.weight.detach(), w)
@@ -827,8 +827,8 @@ def test_a_run_is_the_recipe_written_a_second_time(folder):
             gradients = torch.autograd.grad(loss, [*net.parameters()])
             with torch.no_grad():
                 for w, v, g in zip(net.parameters(), velocity, gradients):
-                    v.mul_(0.9).add_(g + 2e-3 * w)
-                    w -= lr * (g + 2e-3 * w + 0.9 * v)
+                    v.mul_(0.9).add_(g + 1e-3 * w)
+                    w -= lr * (g + 1e-3 * w + 0.9 * v)
             losses.append(loss.item())
             right += (log_p.argmax(1) == y).sum().item()
         net.eval()
