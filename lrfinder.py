@@ -132,7 +132,7 @@ def enough(running, lowest, losses):
         return False
     first = sum(losses[:5]) / 5
     gained = first - lowest
-    if gained > FALL * abs(first):               # a log-likelihood of densities can be negative
+    if gained > FALL * abs(first):               # a loss can be negative: -log of a density
         return running > lowest + gained / 2
     return running > first + 3 * abs(first)
 

@@ -73,7 +73,7 @@ def train_epoch(schedule, loader, seed, epoch, model, average, optimizer, scaler
 def find_lr_max(model, optimizer, scaler, loader, seed, out):
     """LRMAX by the range test on the training batches, or the documented constant."""
     start, device = time.time(), loader.images.device
-    # About four epochs' worth: on a small set a long search would outweigh the training.
+    # Four epochs' worth, lest the search outweigh the training, but enough points to be read.
     steps = max(2 * lrfinder.FEWEST, min(lrfinder.STEPS, 4 * len(loader)))
     batches = (batch for e in count() for batch in loader.epoch(seed, e))
     with tqdm(batches, "range test", steps, leave=False, disable=None) as bar:
