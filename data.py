@@ -9,7 +9,7 @@ as uint8, and never comes back. An epoch is then a table of random numbers, one 
     cut_y, cut_x   centre of the 8 x 8 cutout (0 .. 31 each); what passes the border is clipped
 
 and a batch is a *pure function* of the bytes and 512 rows of that table: `augment` in plain torch;
-the same bits from one Triton kernel, `fused_augment`: 3,072 bytes an image in, 6,144 (bf16) out.
+the same from one Triton kernel, `fused_augment`: 3,072 bytes an image in, 6,144 (bf16) out.
 
     python data.py         draws augmented.png and times the loader against the alternatives
 """
@@ -82,7 +82,7 @@ def augment(images, draws, mean, inverse_std, dtype):
     rows = rows.view(-1, SIZE, SIZE * 3)                                           # (B, 32, 96)
     pixels = rows.gather(2, (x * 3 + channel)[:, None].expand_as(rows))            # (B, 32, 96)
     # Subtract, then multiply: no compiler can fuse these two into one rounding (it could with
-    # pixel * scale + shift), so the same bits come out of every device.
+    # pixel * scale + shift), so every device should give the same bits.
     values = (pixels - mean.repeat(SIZE)) * inverse_std.repeat(SIZE)               # (B, 32, 96)
     # Cut out rows cut_y - 4 .. cut_y + 3 and columns likewise; 0 is the mean colour by now.
     cut_row, cut_column = row - cut_y + CUT // 2, column - cut_x + CUT // 2

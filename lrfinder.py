@@ -1,7 +1,8 @@
 r"""The LR range test: find the largest learning rate that still trains, before training.
 
 Train for a few dozen batches while the learning rate grows from far too small to far too large,
-and look at the loss (Smith, arXiv 1506.01186, section 3.3):
+and look at the loss (after Smith, arXiv 1506.01186, section 3.3; he raises it evenly, and looks at
+the accuracy):
 
     loss ------.                            onset   the loss first falls for good
                 \            .'             LRMAX   the end of the descent: the lowest point before
@@ -11,11 +12,10 @@ and look at the loss (Smith, arXiv 1506.01186, section 3.3):
 
     sweep    lr_k = lr_start * (lr_end / lr_start) ^ (k / (steps - 1)),    k = 0 .. steps - 1
     LRMAX    the lr of the smoothed curve's first minimum, past half of the whole fall, that is
-             followed by a rise of more than RISE = 15 % of that fall (and than the noise). On a
-             JPEG copy of CIFAR-10, with weight decay 5e-4, it is 0.185: 5 epochs there had 86.0 %
-             of 5,000 held-out images right, at a quarter of it 83.1 %, at 4 times 86.4 % (n = 1)
-    LRMIN    LRMAX / 10, for a cycle without annihilation (Smith, arXiv 1803.09820, section 4.1,
-             where the range given is a tenth to a twentieth)
+             followed by a rise of more than RISE = 15 % of that fall (and than the noise). What a
+             quarter of it, twice and four times as much are worth stands in README.md
+    LRMIN    LRMAX / 10 (Smith, arXiv 1803.09820, section 4.1: a tenth to a twentieth where there is
+             a single cycle)
 
 All but `main` stands alone: it needs torch and numpy, and matplotlib to draw. Copy it.
 

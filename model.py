@@ -27,8 +27,8 @@ from torch import nn
 
 # The recipe of train.py and of lrfinder.py: a range test must run what the training will run.
 MOMENTUM = 0.9            # Nesterov
-WEIGHT_DECAY = 1e-3       # times the LRMAX found, 0.2, as much as Page's 5e-4 times his 0.4: under
-                          # BN that product is what counts (van Laarhoven, arXiv 1706.05350)
+WEIGHT_DECAY = 1e-3       # times the LRMAX found, 0.2, is Page's first 5e-4 times 0.4: under BN
+                          # that product is what counts (van Laarhoven, arXiv 1706.05350)
 LABEL_SMOOTHING = 0.1     # the target is 0.9 on the class and 0.1 spread over all (Szegedy 2016)
 LOGIT_SCALE = 0.125       # see CustomResNet.forward
 

@@ -777,9 +777,12 @@ def test_ctrl_c_ends_with_one_line_that_tells_how_to_go_on(folder):
     out = folder / "interrupted"
     done = python(CUT_OFF, "interrupt", 6, *options(folder), "--out", out)
     assert done.returncode == 130
-    assert done.stderr.strip().count("\n") == 0 and f"--resume {out}" in done.stderr
+    assert done.stderr.strip().count("\n") == 0 and done.stderr.endswith(f"--resume {out}\n")
     assert command("--resume", out)[0] == 0
     assert outcome(out) == outcome(folder / "whole")
+    done = python(CUT_OFF, "interrupt", 6, *options(folder), "--runs", 2, "--out", f"{out}-runs")
+    assert done.returncode == 130
+    assert done.stderr.endswith(f"--resume {out}-runs/seed0, for this seed alone\n")
 
 
 def test_small_sets_get_small_batches_by_default(folder):

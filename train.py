@@ -238,8 +238,8 @@ def main():
             results.append(train_run({**settings, "seed": seed}, data, checkpoint, out))
     except KeyboardInterrupt:
         print(f"\ninterrupted: every finished epoch is saved; go on with --resume {out}"
-              if (out / "checkpoint.pt").exists() else "\ninterrupted with nothing to save yet",
-              file=sys.stderr)
+              f"{', for this seed alone' * bool(runs)}" if (out / "checkpoint.pt").exists() else
+              "\ninterrupted with nothing to save yet", file=sys.stderr)
         sys.exit(130)
     if len(results) > 1:
         print(f"\n{runs} runs: {statistics.mean(results):.2%} +- {statistics.stdev(results):.2%} "
