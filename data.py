@@ -124,7 +124,7 @@ if triton:
 
 
 def fused_augment(images, draws, mean, inverse_std, dtype):
-    """`augment` in one launch: the same arguments, the same bits."""
+    """`augment` in one launch: the same arguments, the same result."""
     assert triton, f"no Triton: {why_not}"
     out = torch.empty((len(draws), SIZE, SIZE, 3), dtype=dtype, device=images.device)
     augment_kernel[(len(draws),)](images, draws, mean, inverse_std, out, SIZE, PAD, CUT,
