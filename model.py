@@ -29,7 +29,6 @@ from torch import nn
 MOMENTUM = 0.9            # Nesterov
 WEIGHT_DECAY = 1e-3       # times the LRMAX found, 0.2, is Page's first 5e-4 times 0.4: under BN
                           # that product is what counts (van Laarhoven, arXiv 1706.05350)
-LABEL_SMOOTHING = 0.1     # the target is 0.9 on the class and 0.1 spread over all (Szegedy 2016)
 LOGIT_SCALE = 0.125       # see CustomResNet.forward
 
 
@@ -79,8 +78,8 @@ class CustomResNet(nn.Module):
         # fc adds up 512 features, each a maximum over 16 places, so that its logits grow large; a
         # softmax of large logits is sure before it knows anything. Page's constant factor helps.
         logits = self.fc(x).float() * LOGIT_SCALE                                  # (B, C)
-        # The softmax as its logarithm: .exp() gives probabilities, and cross-entropy is the same on
-        # these as on logits, because log_softmax(log_softmax(z)) = log_softmax(z).
+        # The softmax as its logarithm: .exp() gives probabilities, and the cross-entropy loss is
+        # simply minus the right class's entry, nll_loss. A log of a softmax could be log(0).
         return logits.log_softmax(dim=1)                                           # (B, C)
 
 
@@ -122,10 +121,6 @@ def make_model(device, seed=0, classes=10):
     torch.manual_seed(seed)
     # channels_last (NHWC in memory) is what tensor cores and oneDNN's convolutions read fastest.
     return CustomResNet(classes).to(device, memory_format=torch.channels_last)
-
-
-def make_loss():
-    return nn.CrossEntropyLoss(label_smoothing=LABEL_SMOOTHING)
 
 
 def make_optimizer(model, lr):

@@ -21,14 +21,15 @@ from pathlib import Path
 
 import torch
 from matplotlib.figure import Figure      # unlike pyplot, it never needs a screen
+from torch.nn.functional import nll_loss
 from torch.nn.utils import get_total_norm
 from torch.optim.swa_utils import get_ema_multi_avg_fn, update_bn
 from tqdm import tqdm
 
 import lrfinder
 from data import Loader, load, normalisation
-from model import (UserError, accuracy, autocast, fail, make_loss, make_model, make_optimizer,
-                   make_scaler, pick_device, precision, restore, run, save)
+from model import (UserError, accuracy, autocast, fail, make_model, make_optimizer, make_scaler,
+                   pick_device, precision, restore, run, save)
 from onecycle import EPOCHS, PEAK_EPOCH, OneCycle
 
 LR_MAX = 0.2              # where the range test finds nothing: about what it found on a JPEG copy
@@ -42,7 +43,7 @@ ROW = ("{epoch:5}{lr:9.4f}{loss:8.4f}{train:9.2%}{raw:9.2%}{averaged:10.2%}{seco
 
 def train_epoch(schedule, loader, seed, epoch, model, average, optimizer, scaler):
     """Train for an epoch, refresh the average; return last learning rate, mean loss, accuracy."""
-    device, loss_function = loader.images.device, make_loss()
+    device = loader.images.device
     weights, averages = list(model.parameters()), list(average.parameters())
     loss_sum, correct = torch.zeros(2, device=device)
     model.train()
@@ -52,7 +53,7 @@ def train_epoch(schedule, loader, seed, epoch, model, average, optimizer, scaler
         lr = schedule.set(step)
         with autocast(device):
             log_probabilities = model(inputs)                                     # (B, classes)
-            loss = loss_function(log_probabilities, labels)
+            loss = nll_loss(log_probabilities, labels)
         optimizer.zero_grad()
         scaler.scale(loss).backward()
         scaler.step(optimizer)
@@ -77,7 +78,7 @@ def find_lr_max(model, optimizer, scaler, loader, seed, out):
     steps = max(2 * lrfinder.FEWEST, min(lrfinder.STEPS, 4 * len(loader)))
     batches = (batch for e in count() for batch in loader.epoch(seed, e))
     with tqdm(batches, "range test", steps, leave=False, disable=None) as bar:
-        curve = lrfinder.range_test(model, optimizer, make_loss(), bar, steps=steps, scaler=scaler,
+        curve = lrfinder.range_test(model, optimizer, nll_loss, bar, steps=steps, scaler=scaler,
                                     autocast=lambda: autocast(device))
     found, words = lrfinder.report(curve, out / "lr_range.png")
     print(f"search    {len(curve.lrs)} steps in {time.time() - start:.0f} s: {words}"
