@@ -219,8 +219,6 @@ def main():
     import argparse
     import itertools
 
-    from torch.nn.functional import nll_loss
-
     from data import Loader, load, normalisation
     from model import (UserError, autocast, fail, make_model, make_optimizer, make_scaler,
                        pick_device, precision)
@@ -238,8 +236,8 @@ def main():
                     data.batch_size, precision(device), device)
     model = make_model(device, args.seed, len(data.classes))
     batches = (batch for e in itertools.count() for batch in loader.epoch(args.seed, e))
-    curve = range_test(model, make_optimizer(model, LR_START), nll_loss, batches,
-                       steps=args.steps, autocast=lambda: autocast(device),
+    curve = range_test(model, make_optimizer(model, LR_START), torch.nn.functional.nll_loss,
+                       batches, steps=args.steps, autocast=lambda: autocast(device),
                        scaler=make_scaler(device))
     found, words = report(curve, "lr_range.png")
     if not found:

@@ -21,7 +21,6 @@ from pathlib import Path
 
 import torch
 from matplotlib.figure import Figure      # unlike pyplot, it never needs a screen
-from torch.nn.functional import nll_loss
 from torch.nn.utils import get_total_norm
 from torch.optim.swa_utils import get_ema_multi_avg_fn, update_bn
 from tqdm import tqdm
@@ -53,7 +52,7 @@ def train_epoch(schedule, loader, seed, epoch, model, average, optimizer, scaler
         lr = schedule.set(step)
         with autocast(device):
             log_probabilities = model(inputs)                                     # (B, classes)
-            loss = nll_loss(log_probabilities, labels)
+            loss = torch.nn.functional.nll_loss(log_probabilities, labels)
         optimizer.zero_grad()
         scaler.scale(loss).backward()
         scaler.step(optimizer)
@@ -78,8 +77,8 @@ def find_lr_max(model, optimizer, scaler, loader, seed, out):
     steps = max(2 * lrfinder.FEWEST, min(lrfinder.STEPS, 4 * len(loader)))
     batches = (batch for e in count() for batch in loader.epoch(seed, e))
     with tqdm(batches, "range test", steps, leave=False, disable=None) as bar:
-        curve = lrfinder.range_test(model, optimizer, nll_loss, bar, steps=steps, scaler=scaler,
-                                    autocast=lambda: autocast(device))
+        curve = lrfinder.range_test(model, optimizer, torch.nn.functional.nll_loss, bar,
+                                    steps=steps, scaler=scaler, autocast=lambda: autocast(device))
     found, words = lrfinder.report(curve, out / "lr_range.png")
     print(f"search    {len(curve.lrs)} steps in {time.time() - start:.0f} s: {words}"
           f"{'' if found else f'; going on with LRMAX {LR_MAX}'}", flush=True)
