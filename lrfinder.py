@@ -30,7 +30,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-STEPS, LR_START, LR_END = 100, 0.005, 10.0
+STEPS, LR_START, LR_END = 100, 0.001, 10.0
 AVERAGE = 0.8             # of the running loss that decides when to stop: about the last 5 batches
 WIDTH = 5                 # points to either side in the smoothing window, or n / 20 if more
 RISE = 0.15               # of the whole fall: less is noise

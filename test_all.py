@@ -101,8 +101,8 @@ def test_table_of_layers_counts_379_million_multiply_accumulates(capsys):
     assert f"{macs:,}" == "379,261,952" and "379,261,952" in capsys.readouterr().out
 
 
-def test_optimizer_is_nesterov_sgd_with_weight_decay_written_a_second_time():
-    """v <- .9 v + g,  w <- w - lr (g + .9 v)  with g the gradient + 1e-3 w."""
+def test_optimizer_of_all_but_convolutions_is_nesterov_sgd_with_weight_decay():
+    """v <- .6 v + g,  w <- w - lr (g + .6 v)  with g the gradient + 1e-3 w."""
     layer = nn.Linear(3, 2)
     optimizer = model.make_optimizer(layer, lr=0.1)
     w, v = layer.weight.detach().clone(), 0
@@ -111,9 +111,55 @@ def test_optimizer_is_nesterov_sgd_with_weight_decay_written_a_second_time():
         (layer.weight ** 2 * (k + 1)).sum().backward()
         optimizer.step()
         g = 2 * w * (k + 1) + 1e-3 * w
-        v = 0.9 * v + g
-        w = w - 0.1 * (g + 0.9 * v)
+        v = 0.6 * v + g
+        w = w - 0.1 * (g + 0.6 * v)
         torch.testing.assert_close(layer.weight.detach(), w)
+
+
+def polynomial_three_times(s):
+    for _ in range(3):
+        s = 3.4445 * s - 4.7750 * s**3 + 2.0315 * s**5
+    return s
+
+
+def orthogonal_by_svd(matrix):
+    u, s, v = torch.linalg.svd(matrix, full_matrices=False)
+    return u @ polynomial_three_times(s / s.norm()).diag() @ v
+
+
+@pytest.mark.parametrize("shape", [(64, 27), (27, 64), (40, 40)])
+def test_orthogonal_is_the_svd_with_each_singular_value_through_a_polynomial(shape):
+    matrix = 5 * torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(onecycle.orthogonal(matrix), orthogonal_by_svd(matrix),
+                               rtol=1e-4, atol=1e-5)
+    assert torch.equal(onecycle.orthogonal(0 * matrix), 0 * matrix)              # not 0 / 0
+
+
+def test_orthogonal_brings_singular_values_as_near_to_one_as_it_says():
+    ends = polynomial_three_times(torch.linspace(0.02, 1, 10_000))
+    assert ends.min() > 0.68 and ends.max() < 1.21
+    assert (polynomial_three_times(s := torch.linspace(1e-6, 0.02, 100)) / s).max() < 41
+
+
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_muon_steps_as_torchs_does_once_the_weights_have_their_length(channels_last):
+    """torch.optim.Muon takes matrices only, no kernels, and leaves the length to weight decay."""
+    conv = nn.Conv2d(16, 24, 3, bias=False)
+    if channels_last:
+        conv.to(memory_format=torch.channels_last)
+    matrix = nn.Parameter(conv.weight.detach().flatten(1).clone())
+    ours = onecycle.Muon(conv, 0.1, momentum=0.6, weight_decay=0.5, dtype=torch.bfloat16)
+    oracle = torch.optim.Muon([matrix], 0.1, weight_decay=0, momentum=0.6, ns_steps=3)
+    for k in range(4):
+        gradient = torch.randn(24, 16, 3, 3)
+        conv.weight.grad, matrix.grad = torch.empty_like(conv.weight), gradient.flatten(1)
+        conv.weight.grad.copy_(gradient)
+        matrix.data *= 24 ** 0.5 / torch.linalg.matrix_norm(matrix.data)
+        before = matrix.detach().clone()
+        ours.step()
+        oracle.step()
+        step, difference = matrix - before, conv.weight.flatten(1) - matrix
+        assert difference.norm() < 0.02 * (k + 1) * step.norm()           # bf16, rounded elsewhere
 
 
 def test_same_seed_same_weights_other_seed_other_weights():
@@ -806,7 +852,7 @@ def test_results_say_what_the_saved_weights_do(folder):
 
 
 def test_a_run_is_the_recipe_written_a_second_time(folder):
-    """Nesterov's SGD by hand on 12 steps: learning rates, losses and accuracies."""
+    """Muon and SGD by hand on 12 steps: learning rates, losses and accuracies."""
     own, net, history = data.load(folder / "own.npz"), model.make_model(CPU, 0, 4), []
     splits = (own.train_images, own.train_labels), (own.test_images, own.test_labels)
     loader, test_loader = (data.Loader(*split, *data.normalisation(own.train_images), 8,
@@ -823,8 +869,13 @@ def test_a_run_is_the_recipe_written_a_second_time(folder):
             gradients = torch.autograd.grad(loss, [*net.parameters()])
             with torch.no_grad():
                 for w, v, g in zip(net.parameters(), velocity, gradients):
-                    v.mul_(0.9).add_(g + 1e-3 * w)
-                    w -= lr * (g + 1e-3 * w + 0.9 * v)
+                    if w.dim() == 4:              # a convolution's: a matrix, a row a filter
+                        v.mul_(0.6).add_(g)
+                        w *= len(w) ** 0.5 / w.square().sum().sqrt()
+                        w -= lr * orthogonal_by_svd((g + 0.6 * v).flatten(1)).view_as(w)
+                    else:
+                        v.mul_(0.6).add_(g + 1e-3 * w)
+                        w -= lr * (g + 1e-3 * w + 0.6 * v)
             losses.append(loss.item())
             right += (log_p.argmax(1) == y).sum().item()
         net.eval()

@@ -31,7 +31,7 @@ from model import (UserError, accuracy, autocast, fail, make_model, make_optimiz
                    pick_device, precision, restore, run, save)
 from onecycle import EPOCHS, PEAK_EPOCH, OneCycle
 
-LR_MAX = 0.2              # where the range test finds nothing: about what it found on a JPEG copy
+LR_MAX = 0.1              # where the range test finds nothing: about what it found on a JPEG copy
 AVERAGE_DECAY = 0.99      # d: an average over about the last 100 steps, one epoch
 SAMPLE = 5120             # training images that give the average its BatchNorm statistics
 DEMO_EPOCHS = 4           # on the 2,560 generated images, in batches of 128: 80 steps
