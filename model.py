@@ -28,7 +28,7 @@ from torch import nn
 from onecycle import Muon
 
 # The recipe of train.py and of lrfinder.py: a range test must run what the training will run.
-MOMENTUM = 0.6            # Nesterov; Jordan's for Muon
+MOMENTUM = 0.6            # Nesterov; airbench94_muon's
 WEIGHT_DECAY = 1e-3       # of all but the convolutions, whose length Muon keeps
 LOGIT_SCALE = 0.125       # see CustomResNet.forward
 
@@ -131,7 +131,7 @@ def make_optimizer(model, lr):
     """
     device = next(model.parameters()).device
     fused = device.type == "cuda" and precision(device) != torch.float16
-    return Muon(model, lr, MOMENTUM, WEIGHT_DECAY, precision(device), fused=fused)
+    return Muon(model.parameters(), lr, MOMENTUM, WEIGHT_DECAY, precision(device), fused=fused)
 
 
 def make_scaler(device):

@@ -22,7 +22,7 @@ At 97 batches an epoch and 24 epochs, T = 2328 and P = 5 * 97 = 485: step 0 uses
 the first of the sixth epoch, LRMAX, and step 2327 LRMIN.
 
 The direction of a convolution's step is Nesterov momentum made orthogonal, see `Muon`. As `Muon`
-also keeps the length of the weights, the rate is the length of a step as a share of theirs.
+also keeps the weights' length, the rate is about the length of a step as a share of theirs.
 
     python onecycle.py        draws schedule.png
 """
@@ -94,36 +94,39 @@ def orthogonal(matrix, dtype=torch.float32):
 
 
 class Muon(torch.optim.SGD):
-    """SGD with Nesterov momentum and weight decay; for convolutions (Jordan et al., 2024) instead
+    """SGD with Nesterov momentum and weight decay, in which convolutions take this step instead:
 
-        v <- mu v + g,    w <- w sqrt(n) / |w| - lr orthogonal(g + mu v),    n channels out.
+        v <- mu v + g,    w <- w sqrt(n) / |w| - lr orthogonal(g + mu v),    n channels out
 
-    A gradient is mostly a few directions that the loss is steep in; made orthogonal, the step is as
-    long in all the others. Batch normalisation takes the length of w away, so it is fixed instead
-    of decayed, at that of n orthonormal rows: lr is a step's length as a share of the weights'.
-    (Source: kellerjordan.github.io/posts/muon. torch.optim.Muon takes no convolutions.)
+    Most of a gradient's length lies in the few directions in which the loss is steep; a step made
+    orthogonal goes about as far in the others too. Batch normalisation takes the length of w away,
+    so it is not decayed but fixed, at that of n orthonormal rows: lr is about the length of a step
+    as a share of the weights' (half of that for the first, whose 64 rows have 27 columns).
+
+    Jordan et al., kellerjordan.github.io/posts/muon, 2024; the fixed length and three iterations as
+    in Jordan's airbench94_muon. torch.optim.Muon has neither, and takes no convolutions. dtype is
+    that of the products. Like `zero_grad`, a step leaves no gradient of a convolution.
     """
 
-    def __init__(self, model, lr, momentum, weight_decay, dtype=torch.float32, **options):
-        kernels = [p for p in model.parameters() if p.dim() == 4]
-        rest = [p for p in model.parameters() if p.dim() != 4]
-        super().__init__([{"params": rest}, {"params": kernels, "momentum": 0, "nesterov": False,
-                                             "weight_decay": 0}],
-                         lr, momentum, nesterov=True, weight_decay=weight_decay, **options)
-        self.dtype = dtype
+    def __init__(self, parameters, lr, momentum, weight_decay, dtype=torch.float32, **options):
+        super().__init__(parameters, lr, momentum, nesterov=True, weight_decay=weight_decay,
+                         **options)
+        self.defaults["dtype"] = dtype
 
     @torch.no_grad()
     def step(self):
-        momentum = self.defaults["momentum"]
-        for w in self.param_groups[1]["params"]:                  # (n, channels in, 3, 3)
-            if "momentum_buffer" not in self.state[w]:
-                self.state[w]["momentum_buffer"] = torch.zeros_like(w)
-            v = self.state[w]["momentum_buffer"]
-            v.mul_(momentum).add_(w.grad)
-            w.mul_(len(w) ** 0.5 / w.norm())
-            matrix = w.grad.add(v, alpha=momentum).flatten(1)     # (n, channels in * 9)
-            w.grad.copy_(orthogonal(matrix, self.dtype).view_as(w))
-        super().step()                                            # w <- w - lr grad, and the rest
+        for group in self.param_groups:
+            for w in group["params"]:
+                if w.dim() == 4 and w.grad is not None:               # (n, channels in, 3, 3)
+                    if "momentum_buffer" not in self.state[w]:
+                        self.state[w]["momentum_buffer"] = torch.zeros_like(w)
+                    v = self.state[w]["momentum_buffer"]
+                    v.mul_(group["momentum"]).add_(w.grad)
+                    matrix = w.grad.add(v, alpha=group["momentum"]).flatten(1)    # (n, in * 9)
+                    direction = orthogonal(matrix, self.defaults["dtype"]).view_as(w)
+                    w.mul_(len(w) ** 0.5 / w.norm()).add_(direction, alpha=-group["lr"])
+                    w.grad = None                                     # which SGD then passes over
+        super().step()
 
 
 def plot(ax, total, peak, high):
