@@ -12,8 +12,8 @@ the accuracy):
 
     sweep    lr_k = lr_start * (lr_end / lr_start) ^ (k / (steps - 1)),    k = 0 .. steps - 1
     LRMAX    the lr of the smoothed curve's first minimum, past half of the whole fall, that is
-             followed by a rise of more than RISE = 15 % of that fall (and than the noise). What a
-             quarter of it, twice and four times as much are worth stands in README.md
+             followed by a rise of more than RISE = 15 % of that fall (and than the noise). What
+             other rates are worth stands in README.md
     LRMIN    LRMAX / 10 (Smith, arXiv 1803.09820, section 4.1: a tenth to a twentieth where there is
              a single cycle)
 
