@@ -104,8 +104,8 @@ class Muon(torch.optim.SGD):
     as a share of the weights' (half of that for the first, whose 64 rows have 27 columns).
 
     Jordan et al., kellerjordan.github.io/posts/muon, 2024; the fixed length and three iterations as
-    in Jordan's airbench94_muon. torch.optim.Muon has neither, and takes no convolutions. dtype is
-    that of the products. Like `zero_grad`, a step leaves no gradient of a convolution.
+    in Jordan's airbench94_muon. torch.optim.Muon takes matrices only, and decays their length.
+    dtype is that of the products. Like `zero_grad`, a step leaves no gradient of a convolution.
     """
 
     def __init__(self, parameters, lr, momentum, weight_decay, dtype=torch.float32, **options):
