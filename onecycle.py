@@ -111,7 +111,7 @@ class Muon(torch.optim.SGD):
     def __init__(self, parameters, lr, momentum, weight_decay, dtype=torch.float32, **options):
         super().__init__(parameters, lr, momentum, nesterov=True, weight_decay=weight_decay,
                          **options)
-        self.defaults["dtype"] = dtype
+        self.defaults["dtype"] = dtype          # not an attribute: a copy would lose that
 
     @torch.no_grad()
     def step(self):
