@@ -119,7 +119,10 @@ if triton:
         cut_row, cut_column = row - cut_y + CUT // 2, column - cut_x + CUT // 2
         cut = ((cut_row >= 0) & (cut_row < CUT))[:, None] \
             & ((cut_column >= 0) & (cut_column < CUT))[None, :]                     # (32, 128)
-        target = out + image * (SIZE * SIZE * 3) + (row * SIZE * 3)[:, None] + lane[None, :]
+        # Not `+ lane`, lest Triton give each thread eight lanes in a row, wide stores but loads far
+        # apart. So a warp's 32 threads take 32 lanes side by side, both to read and to write.
+        target = out + image * (SIZE * SIZE * 3) + (row * SIZE * 3)[:, None]
+        target += (column * 3 + channel)[None, :]
         tl.store(target, tl.where(cut, 0.0, value).to(out.dtype.element_ty), mask=inside)
 
 
@@ -127,8 +130,10 @@ def fused_augment(images, draws, mean, inverse_std, dtype):
     """`augment` in one launch: the same arguments, the same result."""
     assert triton, f"no Triton: {why_not}"
     out = torch.empty((len(draws), SIZE, SIZE, 3), dtype=dtype, device=images.device)
+    # One warp an image: more would compute the same rows and lanes again. Nothing could be fused,
+    # but unset, the second option makes Triton 3.8 warn.
     augment_kernel[(len(draws),)](images, draws, mean, inverse_std, out, SIZE, PAD, CUT,
-                                  enable_fp_fusion=False)    # none to fuse; unset, Triton 3.8 warns
+                                  num_warps=1, enable_fp_fusion=False)
     return out.permute(0, 3, 1, 2)
 
 
@@ -314,7 +319,7 @@ def race(data, device):
     each, threads = {}, torch.get_num_threads()                   # seconds an image
     for name, (count, work) in ways.items():
         timer = Timer("work()", globals={"work": work}, num_threads=threads)
-        each[name] = timer.blocked_autorange(min_run_time=4).median / count
+        each[name] = timer.blocked_autorange(min_run_time=2).median / count
     print(f"{f'{device.type}, {dtype}':28}images/s  x torchvision    GB/s  of copy")
     slow, copy = each["torchvision, 2 workers"], each["copy of as many bytes"]
     for name, t in each.items():

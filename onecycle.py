@@ -73,7 +73,10 @@ class OneCycle:
     def set(self, step):
         lr = one_cycle(step, self.total, self.peak, self.lr_min, self.lr_max)
         for group in self.optimizer.param_groups:
-            group["lr"] = lr
+            if torch.is_tensor(group["lr"]):
+                group["lr"].fill_(lr)      # in place: a CUDA graph reads it where it was recorded
+            else:
+                group["lr"] = lr
         return lr
 
 
@@ -105,7 +108,8 @@ class Muon(torch.optim.SGD):
 
     Jordan et al., kellerjordan.github.io/posts/muon, 2024; the fixed length and three iterations as
     in Jordan's airbench94_muon. torch.optim.Muon takes matrices only, and decays their length.
-    dtype is that of the products. Like `zero_grad`, a step leaves no gradient of a convolution.
+    dtype is that of the products. lr may be a tensor, which a CUDA graph needs, if `fused` is True.
+    Like `zero_grad`, a step leaves no gradient of a convolution.
     """
 
     def __init__(self, parameters, lr, momentum, weight_decay, dtype=torch.float32, **options):
@@ -124,7 +128,7 @@ class Muon(torch.optim.SGD):
                     v.mul_(group["momentum"]).add_(w.grad)
                     matrix = w.grad.add(v, alpha=group["momentum"]).flatten(1)    # (n, in * 9)
                     direction = orthogonal(matrix, self.defaults["dtype"]).view_as(w)
-                    w.mul_(len(w) ** 0.5 / w.norm()).add_(direction, alpha=-group["lr"])
+                    w.mul_(len(w) ** 0.5 / w.norm()).sub_(direction * group["lr"])
                     w.grad = None                                     # which SGD then passes over
         super().step()
 

@@ -972,9 +972,36 @@ def averaged(request):
     loader = data.Loader(images, torch.arange(32) % 4, MEAN, INVERSE_STD, 4, torch.float32, CPU)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(train, "SAMPLE", 18)                               # five of eight batches
-        train.train_epoch(recorder, loader, 0, request.param, net, average,
-                          model.make_optimizer(net, 0.01), model.make_scaler(CPU))
+        step = train.make_step(net, model.make_optimizer(net, 0.01), model.make_scaler(CPU))
+        train.train_epoch(recorder, loader, 0, request.param, step, net, average)
     return average, [*recorder.weights, net], loader, request.param
+
+
+@needs_gpu
+def test_a_step_replayed_as_a_graph_is_the_step_launched_by_python():
+    """Eight steps at eight rates, on eight batches: three before the graph, five by the graph."""
+    cuda, results = torch.device("cuda"), []
+    if model.make_scaler(cuda).is_enabled():
+        pytest.skip("in fp16, which this GPU needs, no graph is made")
+    images = torch.from_numpy(small_arrays()["train_images"])
+    loader = data.Loader(images, torch.arange(32) % 4, MEAN, INVERSE_STD, 4, torch.bfloat16, cuda)
+    for as_graph in (train.as_graph, lambda step: step):
+        net = model.make_model(cuda)
+        optimizer = model.make_optimizer(net, 0)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(train, "as_graph", as_graph)
+            step = train.make_step(net, optimizer, model.make_scaler(cuda))
+        schedule, losses = onecycle.OneCycle(optimizer, 8, 3, 0.1), []
+        for k, batch in enumerate(loader.epoch(0, 0)):
+            schedule.set(k)
+            loss, right = step(*batch)
+            losses.append((loss.item(), right.item()))
+        results.append((losses, [p.detach().cpu() for p in net.parameters()]))
+    (ours, weights), (theirs, oracle) = results
+    assert len(ours) == 8 and len(set(ours)) == 8
+    assert ours == pytest.approx(theirs, rel=1e-2)       # sums in another order, where it happens
+    for a, b in zip(weights, oracle):
+        torch.testing.assert_close(a, b, rtol=0.05, atol=5e-3)
 
 
 def test_averaged_weights_are_torchs_averaged_model(averaged):
@@ -1132,8 +1159,8 @@ def test_weights_that_are_not_finite_after_the_last_step_of_an_epoch_stop_the_ru
     """No loss has shown them yet, and they would be saved over the last good ones."""
     out, train_epoch = folder / "broken", train.train_epoch
 
-    def break_second(schedule, loader, seed, epoch, model, **parts):
-        result = train_epoch(schedule, loader, seed, epoch, model, **parts)
+    def break_second(schedule, loader, seed, epoch, step, model, average):
+        result = train_epoch(schedule, loader, seed, epoch, step, model, average)
         if epoch == 1:
             model.fc.bias.data[2] = math.nan
         return result

@@ -40,16 +40,11 @@ ROW = ("{epoch:5}{lr:9.4f}{loss:8.4f}{train:9.2%}{raw:9.2%}{averaged:10.2%}{seco
        "{speed:10,.0f}")
 
 
-def train_epoch(schedule, loader, seed, epoch, model, average, optimizer, scaler):
-    """Train for an epoch, refresh the average; return last learning rate, mean loss, accuracy."""
-    device = loader.images.device
-    weights, averages = list(model.parameters()), list(average.parameters())
-    loss_sum, correct = torch.zeros(2, device=device)
-    model.train()
-    batches = tqdm(loader.epoch(seed, epoch), f"epoch {epoch + 1}", len(loader), leave=False,
-                   disable=None)                         # None: no bar where it is no terminal
-    for step, (inputs, labels) in enumerate(batches, start=epoch * len(loader)):
-        lr = schedule.set(step)
+def make_step(model, optimizer, scaler):
+    """The function that trains on a batch: (inputs, labels) to (loss, how many right), tensors."""
+    device = next(model.parameters()).device
+
+    def step(inputs, labels):
         with autocast(device):
             log_probabilities = model(inputs)                                     # (B, classes)
             loss = torch.nn.functional.nll_loss(log_probabilities, labels)
@@ -57,12 +52,52 @@ def train_epoch(schedule, loader, seed, epoch, model, average, optimizer, scaler
         scaler.scale(loss).backward()
         scaler.step(optimizer)
         scaler.update()
+        return loss.detach(), (log_probabilities.argmax(1) == labels).sum()
+
+    # Where fp16 needs the scaler, every step asks the GPU whether it overflowed; no graph can.
+    return step if device.type != "cuda" or scaler.is_enabled() else as_graph(step)
+
+
+def as_graph(step):
+    """`step` with its kernels recorded as a CUDA graph in its fourth call, and replayed from then.
+
+    A step is about 450 kernels, which an H200 finishes sooner than Python can launch them; a graph
+    is one launch. It reads and writes the same memory each time, so batches are copied there.
+    """
+    calls, graph, inputs, outputs = count(), torch.cuda.CUDAGraph(), [], []
+
+    def replay(*batch):
+        if next(calls) < 3:                     # cuDNN, cuBLAS and the optimizer prepare themselves
+            return step(*batch)
+        if not inputs:
+            inputs.extend(tensor.clone() for tensor in batch)
+            with torch.cuda.graph(graph):       # which records and does not run
+                outputs.extend(step(*inputs))
+        for mine, tensor in zip(inputs, batch):
+            mine.copy_(tensor)
+        graph.replay()
+        return outputs
+
+    return replay
+
+
+def train_epoch(schedule, loader, seed, epoch, step, model, average):
+    """Train for an epoch, refresh the average; return last learning rate, mean loss, accuracy."""
+    device = loader.images.device
+    weights, averages = list(model.parameters()), list(average.parameters())
+    loss_sum, correct = torch.zeros(2, device=device)
+    model.train()
+    batches = tqdm(loader.epoch(seed, epoch), f"epoch {epoch + 1}", len(loader), leave=False,
+                   disable=None)                         # None: no bar where it is no terminal
+    for k, batch in enumerate(batches, start=epoch * len(loader)):
+        lr = schedule.set(k)
+        loss, right = step(*batch)
         # A shorter memory at the start (d = 0.1, 0.18, ...) forgets the untrained weights sooner.
-        decay = min(AVERAGE_DECAY, (1 + step) / (10 + step))
+        decay = min(AVERAGE_DECAY, (1 + k) / (10 + k))
         get_ema_multi_avg_fn(decay)(averages, weights, None)
         # Summed on the device: asking for a number here would make the GPU wait for Python.
-        loss_sum += loss.detach()
-        correct += (log_probabilities.argmax(1) == labels).sum()
+        loss_sum += loss
+        correct += right
     # No batch has run through these averaged weights yet: measure BatchNorm's statistics under them
     # (Izmailov et al., arXiv 1803.05407; they take all of the training images).
     with autocast(device):
@@ -166,18 +201,19 @@ def build(settings, data):
 def train_run(settings, data, checkpoint, out):
     """A run, from its start or its checkpoint, to the results in `out`; returns the accuracy."""
     parts, train_loader, test_loader = build(settings, data)
+    model, average, optimizer, scaler = parts.values()
     seed, epochs, steps = settings["seed"], settings["epochs"], len(train_loader)
     history = checkpoint["history"] if checkpoint else []
     for name, part in parts.items():
         if checkpoint and checkpoint[name]:
             part.load_state_dict(checkpoint[name])
-    for group in parts["optimizer"].param_groups:      # the checkpoint's may be another device's
-        group["fused"] = parts["optimizer"].defaults["fused"]
+    for group in optimizer.param_groups:               # the checkpoint's may be another device's
+        group |= {name: optimizer.defaults[name] for name in ("fused", "lr")}
     if settings["lr_max"] is None:
-        settings["lr_max"] = find_lr_max(parts["model"], parts["optimizer"], parts["scaler"],
-                                         train_loader, seed, out)
+        settings["lr_max"] = find_lr_max(model, optimizer, scaler, train_loader, seed, out)
     peak = min(round(settings["peak_epoch"] * steps), epochs * steps - 1)
-    schedule = OneCycle(parts["optimizer"], epochs * steps, peak, settings["lr_max"])
+    schedule = OneCycle(optimizer, epochs * steps, peak, settings["lr_max"])
+    step = make_step(model, optimizer, scaler)
     print(f"schedule  {epochs} epochs of {steps} steps of {settings['batch_size']}: learning rate "
           f"{schedule.lr_min:.3g}, {schedule.lr_max:.3g} at step {peak}, {schedule.lr_min:.3g} at "
           f"the end; seed {seed}\nresults   {out}\n\n"
@@ -188,17 +224,18 @@ def train_run(settings, data, checkpoint, out):
         save(out / "checkpoint.pt", {"settings": settings, "history": history,
                                      **{name: part.state_dict() for name, part in parts.items()}})
         if len(history) == epochs:
-            return finish(settings, data, parts["average"], history, test_loader, out)
+            return finish(settings, data, average, history, test_loader, out)
         start, epoch = time.time(), len(history)
-        lr, loss, train_accuracy = train_epoch(schedule, train_loader, seed, epoch, **parts)
+        lr, loss, train_accuracy = train_epoch(schedule, train_loader, seed, epoch, step, model,
+                                               average)
         seconds = time.time() - start
         # One look an epoch, at the weights too, since a loss only shows those before its step.
-        if not math.isfinite(loss + get_total_norm(parts["model"].parameters())):
+        if not math.isfinite(loss + get_total_norm(model.parameters())):
             raise UserError(f"epoch {epoch + 1} diverged (loss {loss:.3g}) and is not saved: try "
                             f"--lr-max {schedule.lr_max / 4:.2g}; {out} holds epoch {epoch}")
         history.append({"epoch": epoch + 1, "lr": lr, "loss": loss, "train": train_accuracy,
-                        "raw": accuracy(parts["model"], test_loader),
-                        "averaged": accuracy(parts["average"], test_loader), "seconds": seconds,
+                        "raw": accuracy(model, test_loader),
+                        "averaged": accuracy(average, test_loader), "seconds": seconds,
                         "speed": steps * settings["batch_size"] / seconds})
         print(ROW.format(**history[-1]), flush=True)
 
