@@ -88,9 +88,8 @@ def augment(images, draws, mean, inverse_std, dtype):
     cut_row, cut_column = row - cut_y + CUT // 2, column - cut_x + CUT // 2
     cut = ((cut_row >= 0) & (cut_row < CUT))[:, :, None] \
         & ((cut_column >= 0) & (cut_column < CUT))[:, None, :]                     # (B, 32, 96)
-    values = values.masked_fill_(cut, 0).view(-1, SIZE, SIZE, 3)
     # NHWC in memory, seen as (B, 3, 32, 32), is exactly what torch calls channels_last.
-    return values.to(dtype).permute(0, 3, 1, 2)
+    return values.masked_fill_(cut, 0).view(-1, SIZE, SIZE, 3).to(dtype).permute(0, 3, 1, 2)
 
 
 if triton:
@@ -103,35 +102,33 @@ if triton:
         index = tl.load(draws).to(tl.int64)
         top, left, flip = tl.load(draws + 1), tl.load(draws + 2), tl.load(draws + 3)
         cut_y, cut_x = tl.load(draws + 4), tl.load(draws + 5)
-        # A tile is 32 rows of 128 lanes, the 96 values of a row up to a power of two. What depends
-        # on the row or the lane alone is a vector, computed once; only the rest takes a whole tile.
-        row, lane = tl.arange(0, SIZE), tl.arange(0, 4 * SIZE)        # (32,), (128,)
-        column, channel = lane // 3, lane % 3                         # (128,)
-        inside = (lane < 3 * SIZE)[None, :]                           # (1, 128)
+        row = tl.arange(0, SIZE)                                      # (32,)
         y = tl.abs(row + top - PAD)                                   # reflect, as above
-        y = tl.minimum(y, 2 * (SIZE - 1) - y)                         # (32,)
-        x = tl.abs(tl.where(flip == 1, SIZE - 1 - column, column) + left - PAD)
-        x = tl.minimum(x, 2 * (SIZE - 1) - x)                         # (128,)
-        source = images + index * (SIZE * SIZE * 3)
-        source += (y * SIZE * 3)[:, None] + (x * 3 + channel)[None, :]              # (32, 128)
-        pixel = tl.load(source, mask=inside, other=0).to(tl.float32)
-        value = (pixel - tl.load(mean + channel)[None, :]) * tl.load(inverse_std + channel)[None, :]
-        cut_row, cut_column = row - cut_y + CUT // 2, column - cut_x + CUT // 2
-        cut = ((cut_row >= 0) & (cut_row < CUT))[:, None] \
-            & ((cut_column >= 0) & (cut_column < CUT))[None, :]                     # (32, 128)
-        # Not `+ lane`, lest Triton give each thread eight lanes in a row, wide stores but loads far
-        # apart. So a warp's 32 threads take 32 lanes side by side, both to read and to write.
-        target = out + image * (SIZE * SIZE * 3) + (row * SIZE * 3)[:, None]
-        target += (column * 3 + channel)[None, :]
-        tl.store(target, tl.where(cut, 0.0, value).to(out.dtype.element_ty), mask=inside)
+        y = tl.minimum(y, 2 * (SIZE - 1) - y)
+        cut_row = row - cut_y + CUT // 2
+        cut_row = (cut_row >= 0) & (cut_row < CUT)
+        source = images + index * (SIZE * SIZE * 3) + (y * SIZE * 3)[:, None]       # (32, 1)
+        target = out + image * (SIZE * SIZE * 3) + (row * SIZE * 3)[:, None]        # (32, 1)
+        # The 96 values of a row in three tiles of 32, as tiles must be powers of two. What depends
+        # on the row or the lane alone is a vector, computed once; only the rest takes a whole tile.
+        for third in tl.static_range(3):
+            lane = third * SIZE + tl.arange(0, SIZE)
+            column, channel = lane // 3, lane % 3                     # (32,)
+            x = tl.abs(tl.where(flip == 1, SIZE - 1 - column, column) + left - PAD)
+            x = tl.minimum(x, 2 * (SIZE - 1) - x)
+            cut_column = column - cut_x + CUT // 2
+            cut_column = (cut_column >= 0) & (cut_column < CUT)
+            pixel = tl.load(source + (x * 3 + channel)[None, :]).to(tl.float32)     # (32, 32)
+            value = (pixel - tl.load(mean + channel)) * tl.load(inverse_std + channel)
+            value = tl.where(cut_row[:, None] & cut_column[None, :], 0.0, value)
+            tl.store(target + lane[None, :], value.to(out.dtype.element_ty))
 
 
 def fused_augment(images, draws, mean, inverse_std, dtype):
     """`augment` in one launch: the same arguments, the same result."""
     assert triton, f"no Triton: {why_not}"
     out = torch.empty((len(draws), SIZE, SIZE, 3), dtype=dtype, device=images.device)
-    # One warp an image: more would compute the same rows and lanes again. Nothing could be fused,
-    # but unset, the second option makes Triton 3.8 warn.
+    # One warp an image: more would repeat its vectors. Fusion: none to do, but unset, 3.8 warns.
     augment_kernel[(len(draws),)](images, draws, mean, inverse_std, out, SIZE, PAD, CUT,
                                   num_warps=1, enable_fp_fusion=False)
     return out.permute(0, 3, 1, 2)
@@ -173,9 +170,10 @@ class Loader:
         return self.batches(plain_draws(len(self.images)))
 
     def batches(self, draws):
-        for part in draws.to(self.images.device).split(self.batch_size):
-            inputs = self.augment(self.images, part, self.mean, self.inverse_std, self.dtype)
-            yield inputs, self.labels[part[:, 0].long()]
+        draws = draws.to(self.images.device)
+        labels = self.labels[draws[:, 0].long()].split(self.batch_size)
+        for part, those in zip(draws.split(self.batch_size), labels):
+            yield self.augment(self.images, part, self.mean, self.inverse_std, self.dtype), those
 
 
 class Dataset(NamedTuple):
@@ -316,9 +314,9 @@ def race(data, device):
                  "torch.compile of it": (512, partial(torch.compile(augment), *batch)),
                  "Triton kernel, one batch": (512, lambda: fused_augment(*batch)),
                  "Triton kernel, an epoch": (50_000, lambda: fused_augment(*epoch))}
-    each, threads = {}, torch.get_num_threads()                   # seconds an image
+    each = {}                                                     # seconds an image
     for name, (count, work) in ways.items():
-        timer = Timer("work()", globals={"work": work}, num_threads=threads)
+        timer = Timer("work()", globals={"work": work}, num_threads=torch.get_num_threads())
         each[name] = timer.blocked_autorange(min_run_time=2).median / count
     print(f"{f'{device.type}, {dtype}':28}images/s  x torchvision    GB/s  of copy")
     slow, copy = each["torchvision, 2 workers"], each["copy of as many bytes"]

@@ -29,7 +29,7 @@ import lrfinder
 from data import Loader, load, normalisation
 from model import (UserError, accuracy, autocast, fail, make_model, make_optimizer, make_scaler,
                    pick_device, precision, restore, run, save)
-from onecycle import EPOCHS, PEAK_EPOCH, OneCycle
+from onecycle import EPOCHS, PEAK_EPOCH, OneCycle, as_graph
 
 LR_MAX = 0.1              # where the range test finds nothing: about what it found on a JPEG copy
 AVERAGE_DECAY = 0.99      # d: an average over about the last 100 steps, one epoch
@@ -56,29 +56,6 @@ def make_step(model, optimizer, scaler):
 
     # Where fp16 needs the scaler, every step asks the GPU whether it overflowed; no graph can.
     return step if device.type != "cuda" or scaler.is_enabled() else as_graph(step)
-
-
-def as_graph(step):
-    """`step` with its kernels recorded as a CUDA graph in its fourth call, and replayed from then.
-
-    A step is about 450 kernels, which an H200 finishes sooner than Python can launch them; a graph
-    is one launch. It reads and writes the same memory each time, so batches are copied there.
-    """
-    calls, graph, inputs, outputs = count(), torch.cuda.CUDAGraph(), [], []
-
-    def replay(*batch):
-        if next(calls) < 3:                     # cuDNN, cuBLAS and the optimizer prepare themselves
-            return step(*batch)
-        if not inputs:
-            inputs.extend(tensor.clone() for tensor in batch)
-            with torch.cuda.graph(graph):       # which records and does not run
-                outputs.extend(step(*inputs))
-        for mine, tensor in zip(inputs, batch):
-            mine.copy_(tensor)
-        graph.replay()
-        return outputs
-
-    return replay
 
 
 def train_epoch(schedule, loader, seed, epoch, step, model, average):
