@@ -184,8 +184,10 @@ def train_run(settings, data, checkpoint, out):
     for name, part in parts.items():
         if checkpoint and checkpoint[name]:
             part.load_state_dict(checkpoint[name])
+    fused, lr = (optimizer.defaults[name] for name in ("fused", "lr"))
     for group in optimizer.param_groups:               # the checkpoint's may be another device's
-        group |= {name: optimizer.defaults[name] for name in ("fused", "lr")}
+        rate = float(group["lr"])
+        group |= {"fused": fused, "lr": torch.full_like(lr, rate) if fused else rate}
     if settings["lr_max"] is None:
         settings["lr_max"] = find_lr_max(model, optimizer, scaler, train_loader, seed, out)
     peak = min(round(settings["peak_epoch"] * steps), epochs * steps - 1)
