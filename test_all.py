@@ -990,7 +990,7 @@ def test_a_step_replayed_as_a_graph_is_the_step_launched_by_python():
     cuda, results = torch.device("cuda"), []
     images = torch.from_numpy(small_arrays()["train_images"])
     loader = data.Loader(images, torch.arange(32) % 4, MEAN, INVERSE_STD, 4, torch.float32, cuda)
-    for as_graph in (train.as_graph, lambda step: step):       # in float32, as all tests of runs are
+    for as_graph in (train.as_graph, lambda step: step):        # float32, as all tests of runs are
         net = model.make_model(cuda)
         optimizer = model.make_optimizer(net, 0)
         with pytest.MonkeyPatch.context() as patch:
