@@ -128,7 +128,7 @@ def fused_augment(images, draws, mean, inverse_std, dtype):
     """`augment` in one launch: the same arguments, the same result."""
     assert triton, f"no Triton: {why_not}"
     out = torch.empty((len(draws), SIZE, SIZE, 3), dtype=dtype, device=images.device)
-    # One warp an image: more would repeat its vectors. Fusion: none to do, but unset, 3.8 warns.
+    # One warp an image: more would repeat its vectors. No fusion: unset, Triton 3.8 warns.
     augment_kernel[(len(draws),)](images, draws, mean, inverse_std, out, SIZE, PAD, CUT,
                                   num_warps=1, enable_fp_fusion=False)
     return out.permute(0, 3, 1, 2)

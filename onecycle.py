@@ -23,7 +23,7 @@ the first of the sixth epoch, LRMAX, and step 2327 LRMIN.
 
 The direction of a convolution's step is Nesterov momentum made orthogonal, see `Muon`. As `Muon`
 also keeps the weights' length, the rate is about the length of a step as a share of theirs.
-`as_graph` makes all that a GPU does in a step one launch.
+`as_graph` makes forward pass, backward pass and the optimizer's step one launch on a GPU.
 
     python onecycle.py        draws schedule.png
 """
@@ -130,7 +130,8 @@ class Muon(torch.optim.SGD):
                     v.mul_(group["momentum"]).add_(w.grad)
                     matrix = w.grad.add(v, alpha=group["momentum"]).flatten(1)    # (n, in * 9)
                     direction = orthogonal(matrix, self.defaults["dtype"]).view_as(w)
-                    w.mul_(len(w) ** 0.5 / w.norm()).sub_(direction * group["lr"])
+                    # In float32: bf16 times a tensor on CUDA would round the rate to bf16 first.
+                    w.mul_(len(w) ** 0.5 / w.norm()).sub_(direction.float() * group["lr"])
                     w.grad = None                                     # which SGD then passes over
         super().step()
 
@@ -138,9 +139,10 @@ class Muon(torch.optim.SGD):
 def as_graph(step):
     """`step` with its kernels recorded as a CUDA graph in its fourth call, and replayed from then.
 
-    step: a function of tensors that returns tensors, the shapes always the same. In train.py it is
-    about 450 kernels, which Python takes 12 ms to launch and an H200 5.6 to run; a graph is one
-    launch. It reads and writes the same memory each time, so what is given is copied there.
+    step: a function of tensors that returns tensors, the shapes always the same. A whole step of
+    train.py is about 450 kernels, which Python takes 12 ms to launch and an H200 5.6 to run; a
+    graph is one launch. It reads and writes the same memory each time: what is given is copied there, and
+    what it returns holds until the next call.
     """
     calls, graph, inputs, outputs = count(), torch.cuda.CUDAGraph(), [], []
 
