@@ -141,8 +141,8 @@ def as_graph(step):
 
     step: a function of tensors that returns tensors, the shapes always the same. A whole step of
     train.py is about 450 kernels, which Python takes 12 ms to launch and an H200 5.6 to run; a
-    graph is one launch. It reads and writes the same memory each time: what is given is copied there, and
-    what it returns holds until the next call.
+    graph is one launch. It reads and writes the same memory each time: what is given is copied
+    there, and what it returns holds until the next call.
     """
     calls, graph, inputs, outputs = count(), torch.cuda.CUDAGraph(), [], []
 
