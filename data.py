@@ -128,7 +128,7 @@ def fused_augment(images, draws, mean, inverse_std, dtype):
     """`augment` in one launch: the same arguments, the same result."""
     assert triton, f"no Triton: {why_not}"
     out = torch.empty((len(draws), SIZE, SIZE, 3), dtype=dtype, device=images.device)
-    # One warp an image: more would repeat its vectors. No fusion: unset, Triton 3.8 warns.
+    # One warp an image: more would repeat its vectors. Fusion is off as 3.8 warns otherwise.
     augment_kernel[(len(draws),)](images, draws, mean, inverse_std, out, SIZE, PAD, CUT,
                                   num_warps=1, enable_fp_fusion=False)
     return out.permute(0, 3, 1, 2)
@@ -171,9 +171,9 @@ class Loader:
 
     def batches(self, draws):
         draws = draws.to(self.images.device)
-        labels = self.labels[draws[:, 0].long()].split(self.batch_size)
-        for part, those in zip(draws.split(self.batch_size), labels):
-            yield self.augment(self.images, part, self.mean, self.inverse_std, self.dtype), those
+        all_labels = self.labels[draws[:, 0].long()]
+        for part, labels in zip(draws.split(self.batch_size), all_labels.split(self.batch_size)):
+            yield self.augment(self.images, part, self.mean, self.inverse_std, self.dtype), labels
 
 
 class Dataset(NamedTuple):

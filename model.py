@@ -127,12 +127,10 @@ def make_model(device, seed=0, classes=10):
 def make_optimizer(model, lr):
     """Muon with the recipe's constants; what it leaves to SGD, on CUDA in one fused kernel.
 
-    Not in fp16: where a first step overflows, fused SGD leaves its momentum uninitialised. A fused
-    step takes its learning rate from the GPU, and so can be part of a CUDA graph.
+    Not in fp16: where a first step overflows, fused SGD leaves its momentum uninitialised.
     """
     device = next(model.parameters()).device
     fused = device.type == "cuda" and precision(device) != torch.float16
-    lr = torch.tensor(float(lr), device=device) if fused else lr
     return Muon(model.parameters(), lr, MOMENTUM, WEIGHT_DECAY, precision(device), fused=fused)
 
 

@@ -984,6 +984,28 @@ def averaged(request):
     return average, [*recorder.weights, net], loader, request.param
 
 
+def test_a_graph_is_recorded_once_and_computes_on_each_batch(monkeypatch):
+    """With a stand-in for CUDA's graph, which computes once more on the memory of the recording."""
+    calls = []
+
+    def double(x):
+        calls.append((x, 2 * x))
+        return [calls[-1][1]]
+
+    class Graph:
+        def replay(self):
+            x, result = calls[3]
+            result.copy_(2 * x)
+
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
+    monkeypatch.setattr(torch.cuda, "graph", lambda graph: contextlib.nullcontext())
+    replay = onecycle.as_graph(double)
+    for k in range(6):
+        batch = torch.full((2,), float(k))
+        assert torch.equal(replay(batch)[0], 2 * batch) and torch.equal(batch, batch * 0 + k)
+    assert len(calls) == 4
+
+
 @needs_gpu
 def test_a_step_replayed_as_a_graph_is_the_step_launched_by_python():
     """Eight steps at eight rates, on eight batches: three as they are, five by the graph."""

@@ -55,7 +55,11 @@ def make_step(model, optimizer, scaler):
         return loss.detach(), (log_probabilities.argmax(1) == labels).sum()
 
     # Where fp16 needs the scaler, every step asks the GPU whether it overflowed; no graph can.
-    return step if device.type != "cuda" or scaler.is_enabled() else as_graph(step)
+    if device.type != "cuda" or scaler.is_enabled():
+        return step
+    for group in optimizer.param_groups:       # a graph would keep a number, but reads a tensor
+        group["lr"] = torch.tensor(float(group["lr"]), device=device)
+    return as_graph(step)
 
 
 def train_epoch(schedule, loader, seed, epoch, step, model, average):
@@ -184,10 +188,8 @@ def train_run(settings, data, checkpoint, out):
     for name, part in parts.items():
         if checkpoint and checkpoint[name]:
             part.load_state_dict(checkpoint[name])
-    fused, lr = (optimizer.defaults[name] for name in ("fused", "lr"))
     for group in optimizer.param_groups:               # the checkpoint's may be another device's
-        rate = float(group["lr"])
-        group |= {"fused": fused, "lr": torch.full_like(lr, rate) if fused else rate}
+        group["fused"] = optimizer.defaults["fused"]
     if settings["lr_max"] is None:
         settings["lr_max"] = find_lr_max(model, optimizer, scaler, train_loader, seed, out)
     peak = min(round(settings["peak_epoch"] * steps), epochs * steps - 1)
