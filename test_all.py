@@ -923,6 +923,18 @@ def test_a_run_in_bf16_has_its_convolutions_in_bf16_and_its_weights_in_float32(f
     assert first[0] != first[1] and first[0] == pytest.approx(first[1], rel=0.05)
 
 
+def test_a_run_begun_on_a_gpu_goes_on_without_one(folder):
+    """There the rate is a tensor, in float32, and SGD is fused; here it is a number again."""
+    out = folder / "moved"
+    assert python(CUT_OFF, "step", 7, *options(folder), "--out", out).returncode < 0
+    checkpoint = torch.load(out / "checkpoint.pt", weights_only=True)
+    for group in checkpoint["optimizer"]["param_groups"]:
+        group.update(lr=torch.tensor(group["lr"]), fused=True)
+    torch.save(checkpoint, out / "checkpoint.pt")
+    assert command("--resume", out)[0] == 0
+    assert outcome(out) == outcome(folder / "whole")
+
+
 @needs_gpu
 def test_a_run_on_the_gpu_cut_off_and_resumed_starts_as_on_the_cpu(folder):
     """In the GPU's own precision, with its scaler, fused SGD and the kernel."""

@@ -189,7 +189,7 @@ def train_run(settings, data, checkpoint, out):
         if checkpoint and checkpoint[name]:
             part.load_state_dict(checkpoint[name])
     for group in optimizer.param_groups:               # the checkpoint's may be another device's
-        group["fused"] = optimizer.defaults["fused"]
+        group["fused"], group["lr"] = optimizer.defaults["fused"], float(group["lr"])
     if settings["lr_max"] is None:
         settings["lr_max"] = find_lr_max(model, optimizer, scaler, train_loader, seed, out)
     peak = min(round(settings["peak_epoch"] * steps), epochs * steps - 1)
