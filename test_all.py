@@ -1019,12 +1019,17 @@ def test_a_graph_is_recorded_once_and_computes_on_each_batch(monkeypatch):
 
 
 @needs_gpu
-def test_a_step_replayed_as_a_graph_is_the_step_launched_by_python():
-    """Eight steps at eight rates, on eight batches: three as they are, five by the graph."""
+def test_a_step_replayed_as_a_graph_is_the_step_launched_by_python(monkeypatch):
+    """Eight steps at eight rates, on eight batches: three as they are, five by the graph.
+
+    In bf16, as runs are: there an H200 gives the same bits again. On four images in float32 two
+    series of steps launched by Python ended 1.7 % apart.
+    """
+    monkeypatch.setattr(model, "precision", lambda device: torch.bfloat16)
     cuda, results = torch.device("cuda"), []
     images = torch.from_numpy(small_arrays()["train_images"])
-    loader = data.Loader(images, torch.arange(32) % 4, MEAN, INVERSE_STD, 4, torch.float32, cuda)
-    for as_graph in (train.as_graph, lambda step: step):        # float32, as all tests of runs are
+    loader = data.Loader(images, torch.arange(32) % 4, MEAN, INVERSE_STD, 4, torch.bfloat16, cuda)
+    for as_graph in (train.as_graph, lambda step: step):
         net = model.make_model(cuda)
         optimizer = model.make_optimizer(net, 0)
         with pytest.MonkeyPatch.context() as patch:
@@ -1039,9 +1044,8 @@ def test_a_step_replayed_as_a_graph_is_the_step_launched_by_python():
         results.append((losses, [p.detach().cpu() for p in net.parameters()]))
     (ours, weights), (theirs, oracle) = results
     assert len(ours) == 8 and len(set(ours)) == 8
-    assert ours == pytest.approx(theirs, rel=1e-2)       # sums in another order, where it happens
-    for a, b in zip(weights, oracle):
-        torch.testing.assert_close(a, b, rtol=0.05, atol=5e-3)
+    assert ours == theirs
+    assert all(torch.equal(a, b) for a, b in zip(weights, oracle, strict=True))
 
 
 def test_averaged_weights_are_torchs_averaged_model(averaged):
