@@ -1,64 +1,94 @@
-"""CIFAR-10 on the GPU as bytes, augmented by one kernel launch a batch.
+"""CIFAR-10 on the GPU as bytes, augmented by one kernel launch an epoch.
 
 The training set is 50,000 x 32 x 32 x 3 bytes = 154 MB: it fits on any GPU, so it goes there once,
 as uint8, and never comes back. An epoch is then a table of random numbers, one row an image:
 
-    index          which image
-    top, left      where the 32 x 32 crop starts in the image padded by 4 (0 .. 8 each)
-    flip           1 = mirrored left to right: by chance in epoch 0, then every other epoch
-    cut_y, cut_x   centre of the 8 x 8 cutout (0 .. 31 each); what passes the border is clipped
+    INDEX          which image; all rows together are a permutation
+    TOP, LEFT      where the 32 x 32 crop starts in the image padded by 4 (0 .. 8 each)
+    FLIP           1 = mirrored left to right: by chance in epoch 0, then every other epoch
+    CUT_Y, CUT_X   centre of the 8 x 8 cutout (0 .. 31 each); what passes the border is clipped
 
-and a batch is a *pure function* of the bytes and 512 rows of that table: `augment` in plain torch;
+and the augmented epoch is a *pure function* of the bytes and that table: `augment` in plain torch;
 the same from one Triton kernel, `fused_augment`: 3,072 bytes an image in, 6,144 (bf16) out.
 
-    python data.py         draws augmented.png and times the loader against the alternatives
+    loader = Loader(load("auto"), 512, torch.bfloat16, torch.device("cuda"))
+    for inputs, labels in loader.epoch(seed=0, epoch=0):     # (512, 3, 32, 32), (512,)
+        ...
+
+    python data.py         draws augmented.png
 """
-import itertools
 import socket
 import sys
-from functools import cache, partial
+import zipfile
+import zlib
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import torch
-import torch.nn.functional as F
-import torchvision
-from torch.utils.data import DataLoader
-from torchvision.transforms import v2
-
-from model import UserError, check_zip, first_line, pick_device, precision, run
 
 try:
     import triton
     import triton.language as tl
 except Exception as error:        # Windows and macOS have no Triton, and an install can be broken
-    triton, why_not = None, first_line(error)
+    triton, why_not = None, error
 
 SIZE, PAD, CUT = 32, 4, 8
+INDEX, TOP, LEFT, FLIP, CUT_Y, CUT_X = range(6)              # the columns of the table
 
 
-def draw_epoch(count, seed, epoch):
-    """One epoch's table of random numbers, (count, 6) int32; the order is a permutation.
+# ------------------------------------------------------------------------------ random numbers
 
-    Seeded by a hash of (seed, epoch), each 0 .. 2^32 - 1: by the sum, seeds would share epochs.
+GAMMA = 0x9E3779B97F4A7C15               # 2^64 / golden ratio, odd
+EVERY_EPOCH = 2**32 - 1                  # a stream of numbers that no epoch has
+
+
+def mix(z):
+    """SplitMix64's bijection of 64-bit integers: every output bit depends on every input bit.
+
+    Steele, Lea, Flood, Fast Splittable Pseudorandom Number Generators, 2014. int64 to int64:
+    products wrap as they do without a sign, and the masks make >> shift in zeros.
     """
-    random = np.random.default_rng((seed, epoch))
-    order = random.permutation(count)
-    ranges = 2 * PAD + 1, 2 * PAD + 1, SIZE, SIZE
-    top, left, cut_y, cut_x = (random.integers(0, n, count) for n in ranges)
+    z = (z ^ ((z >> 30) & (2**34 - 1))) * (0xBF58476D1CE4E5B9 - 2**64)
+    z = (z ^ ((z >> 27) & (2**37 - 1))) * (0x94D049BB133111EB - 2**64)
+    return z ^ ((z >> 31) & (2**33 - 1))
+
+
+def random_numbers(count, seed, stream, device="cpu"):
+    """count random integers from 0 .. 2^63 - 1, the same on every device: (count,) int64.
+
+    Number k is a pure function of (seed, stream, k), so that no state is kept, the GPU needs no
+    host, and an epoch can be made again alone. seed: 0 .. 2^31 - 1, stream: 0 .. 2^32 - 1.
+    """
+    start = mix(torch.tensor(seed << 32 | stream)).item()
+    k = torch.arange(1, count + 1, device=device)
+    return mix(k * (GAMMA - 2**64) + start) & 2**63 - 1      # numbers 1 .. count of SplitMix64
+
+
+def draw_epoch(count, seed, epoch, device="cpu"):
+    """One epoch's table of random numbers, (count, 6) int32, in the order of training."""
+    rest = random_numbers(count, seed, epoch, device)
+    columns = [torch.arange(count, device=device)]
+    # One number an image holds all of its choices, as a time holds hours, minutes and seconds.
+    for choices in (2 * PAD + 1, 2 * PAD + 1, SIZE, SIZE):
+        columns.append(rest % choices)
+        rest = rest // choices
     # Alternating flip (Jordan, arXiv 2404.00498): chance says on which side an image starts, then
-    # it changes sides every epoch. (seed, 0, 1) is no (seed, epoch): numpy pads those with zeros.
-    flip = (np.random.default_rng((seed, 0, 1)).integers(0, 2, count)[order] + epoch) % 2
-    return torch.from_numpy(np.stack([order, top, left, flip, cut_y, cut_x], 1).astype(np.int32))
+    # it changes sides every epoch.
+    columns.insert(FLIP, (random_numbers(count, seed, EVERY_EPOCH, device) + epoch) % 2)
+    order = rest.argsort(stable=True)              # by what is left, 46 bits: a shuffle
+    return torch.stack(columns, dim=1)[order].int()
 
 
-def plain_draws(count):
+def plain_draws(count, device="cpu"):
     """The draws that change nothing, in order: crop in the middle, no flip, cutout far outside."""
-    draws = torch.tensor([0, PAD, PAD, 0, -SIZE, -SIZE], dtype=torch.int32).repeat(count, 1)
-    draws[:, 0] = torch.arange(count)
+    draws = torch.tensor([0, PAD, PAD, 0, -SIZE, -SIZE], dtype=torch.int32, device=device)
+    draws = draws.repeat(count, 1)
+    draws[:, INDEX] = torch.arange(count)
     return draws
 
+
+# -------------------------------------------------------------------------------- augmentation
 
 def reflect(i):
     """Coordinates -31 .. 62 folded back into 0 .. 31 as in a mirror: -1 -> 1, 32 -> 30."""
@@ -134,7 +164,6 @@ def fused_augment(images, draws, mean, inverse_std, dtype):
     return out.permute(0, 3, 1, 2)
 
 
-@cache                            # so that a note comes once
 def pick_augment(device, dtype):
     """fused_augment where Triton runs, else augment; on a CUDA device without, it says why."""
     if device.type != "cuda":
@@ -144,99 +173,155 @@ def pick_augment(device, dtype):
         fused_augment(*(tensor.to(device) for tensor in trial), dtype)
         return fused_augment
     except Exception as error:    # Triton's errors have no common class
-        print(f"note: plain torch, not the fused kernel ({first_line(error)})", file=sys.stderr)
+        print(f"note: plain torch, not the fused kernel ({error})", file=sys.stderr)
         return augment
 
 
-class Loader:
-    """One split of a set on the device: `epoch` for training batches, `plain` for evaluation."""
+# -------------------------------------------------------------------------------------- loader
 
-    def __init__(self, images, labels, mean, inverse_std, batch_size, dtype, device):
-        self.images, self.labels = images.to(device).contiguous(), labels.to(device)
-        self.mean, self.inverse_std = mean.to(device), inverse_std.to(device)
-        self.batch_size = min(batch_size, len(images))
-        self.dtype, self.augment = dtype, pick_augment(device, dtype)
+class Loader:
+    """A data set on the device: `epoch` gives augmented training batches, `test` the test set.
+
+    Inputs are (B, 3, 32, 32) of dtype, normalised, channels_last; labels (B,) int64.
+    """
+
+    def __init__(self, data, batch_size, dtype, device):
+        self.train_images, self.train_labels, self.test_images, self.test_labels = (
+            tensor.to(device) for tensor in data[2:6])
+        self.mean, self.inverse_std = (v.to(device) for v in normalisation(data.train_images))
+        self.batch_size, self.dtype, self.device = batch_size, dtype, device
+        self.augment = pick_augment(device, dtype)
 
     def __len__(self):
         """Training batches an epoch; the images that do not fill one sit this epoch out."""
-        return len(self.images) // self.batch_size
+        return len(self.train_images) // self.batch_size
 
     def epoch(self, seed, epoch):
-        """Yield (inputs (B, 3, 32, 32), labels (B,)), no image twice, in the epoch's own order."""
-        return self.batches(draw_epoch(len(self.images), seed, epoch)[:len(self) * self.batch_size])
+        """Yield (inputs, labels), no image twice, in the epoch's own order."""
+        where = self.device if self.device.type == "cuda" else "cpu"
+        draws = draw_epoch(len(self.train_images), seed, epoch, where)
+        draws = draws[:len(self) * self.batch_size].to(self.device)
+        return self.batches(self.train_images, self.train_labels, draws, self.batch_size)
 
-    def plain(self):
-        """Yield every image once, as it is; the last batch may be short."""
-        return self.batches(plain_draws(len(self.images)))
+    def test(self):
+        """Yield every test image once, as it is; the last batch may be short."""
+        size = 2500 if self.device.type == "cuda" else self.batch_size     # of the memory, not more
+        draws = plain_draws(len(self.test_images), self.device)
+        return self.batches(self.test_images, self.test_labels, draws, size)
 
-    def batches(self, draws):
-        draws = draws.to(self.images.device)
-        all_labels = self.labels[draws[:, 0].long()]
-        for part, labels in zip(draws.split(self.batch_size), all_labels.split(self.batch_size)):
-            yield self.augment(self.images, part, self.mean, self.inverse_std, self.dtype), labels
+    def batches(self, images, labels, draws, batch_size):
+        labels = labels[draws[:, INDEX].long()]
+        # The kernel fills many batches at once, in bf16 315 MB at 512; plain torch needs more room.
+        launch = batch_size * (100 if self.augment is fused_augment else 1)
+        for part, part_labels in zip(draws.split(launch), labels.split(launch)):
+            inputs = self.augment(images, part, self.mean, self.inverse_std, self.dtype)
+            yield from zip(inputs.split(batch_size), part_labels.split(batch_size))
 
+
+def normalisation(images):
+    """Mean and 1 / standard deviation of each channel of (N, 32, 32, 3) uint8: (3,) float32.
+
+    By counting how often each value occurs: exact, and without a copy of all images in float.
+    """
+    value = torch.arange(256, dtype=torch.float64)
+    counts = torch.stack([images[..., c].flatten().bincount(minlength=256) for c in range(3)])
+    share = counts / counts.sum(1, keepdim=True, dtype=torch.float64)             # (3, 256)
+    mean = share @ value                                                          # (3,)
+    deviation = (share @ value**2 - mean**2).clamp(min=1).sqrt()      # 1 where all are one colour
+    return mean.float(), (1 / deviation).float()
+
+
+# ------------------------------------------------------------------------------------ data sets
 
 class Dataset(NamedTuple):
-    """Images (N, 32, 32, 3) uint8, labels (N,) int64; `real` is False for the generated set."""
+    """Images (N, 32, 32, 3) uint8, labels (N,) int64, contiguous; and how train.py takes them."""
     name: str
     classes: list             # their names
     train_images: torch.Tensor
     train_labels: torch.Tensor
     test_images: torch.Tensor
     test_labels: torch.Tensor
-    real: bool = True
-    batch_size: int = 512     # unless train.py's --batch-size says otherwise
+    batch_size: int = 512
+    width: int = 64           # of the network
+    epochs: int = 24
+    real: bool = True         # False for the drawn shapes
 
 
-def load(source, data_dir="data"):
-    """The data set that --data names: auto, cifar10, synthetic or the path of an .npz."""
+def make_dataset(name, arrays, classes=None, **options):
+    """A Dataset of four arrays, train and test, each images and labels; ValueError says what else.
+
+    Labels may also be (N, 1). Without `classes` they are named 0, 1, ... up to the largest.
+    """
+    tensors = []
+    for split, images, labels in (("train", *arrays[:2]), ("test", *arrays[2:])):
+        images, labels = np.asarray(images), np.asarray(labels)
+        if images.dtype != np.uint8 or images.shape[1:] != (SIZE, SIZE, 3) or not len(images):
+            raise ValueError(f"{name}: {split}_images must be uint8 (N, 32, 32, 3), not "
+                             f"{images.dtype} {images.shape}")
+        if labels.shape == (len(images), 1):
+            labels = labels[:, 0]
+        if labels.dtype.kind not in "iu" or labels.shape != (len(images),):
+            raise ValueError(f"{name}: {split}_labels must be {len(images)} integers, not "
+                             f"{labels.dtype} {labels.shape}")
+        if labels.min() < 0 or labels.max() >= len(arrays[0]):
+            raise ValueError(f"{name}: {split}_labels reach from {labels.min()} to {labels.max()}: "
+                             f"number the classes 0, 1, 2, ...")
+        tensors.append(torch.from_numpy(np.ascontiguousarray(images)))
+        tensors.append(torch.from_numpy(labels.astype(np.int64)))
+    count = max(tensors[1].max().item(), tensors[3].max().item()) + 1
+    return Dataset(name, classes or [str(k) for k in range(count)], *tensors, **options)
+
+
+def load(source="auto", data_dir="data"):
+    """The Dataset that --data names: auto, cifar10, synthetic or the path of an .npz.
+
+    auto is CIFAR-10, or, where it is missing and cannot be downloaded, drawn shapes. Raises
+    OSError or ValueError with one sentence that says what to do.
+    """
+    if source == "synthetic":
+        return synthetic()
     if source not in ("auto", "cifar10"):
-        return synthetic() if source == "synthetic" else load_npz(source)
+        return load_npz(source)
     try:
         return load_cifar10(data_dir)
-    except UserError as error:
-        if source == "cifar10" or Path(data_dir, "cifar-10-batches-py").exists():
-            raise                      # generated images would hide that these are damaged
-        print(f"{error}\nTHIS IS NOT CIFAR-10: going on with generated images", file=sys.stderr)
+    except OSError as error:
+        if source == "cifar10" or any(Path(data_dir).glob("cifar-10*")):
+            raise                      # drawn shapes would hide that what is there is damaged
+        print(f"{error}\nTHIS IS NOT CIFAR-10: going on with drawn shapes", file=sys.stderr)
         return synthetic()
 
 
 def load_cifar10(data_dir):
     """CIFAR-10 from data_dir, downloaded (170 MB) where missing; torchvision checks MD5 sums."""
+    from torchvision.datasets import CIFAR10                 # takes a second: only where needed
+    folder = Path(data_dir)
+    if folder.name == CIFAR10.base_folder:                   # cifar-10-batches-py itself
+        folder = folder.parent
+    patience = socket.getdefaulttimeout()
     socket.setdefaulttimeout(20)       # seconds without a byte; torchvision would wait for ever
     try:
-        train, test = (torchvision.datasets.CIFAR10(data_dir, train=part, download=True)
-                       for part in (True, False))
+        train, test = (CIFAR10(folder, train=part, download=True) for part in (True, False))
     except Exception as error:         # OSError, RuntimeError, pickle's, tarfile's ...
-        raise UserError(f"CIFAR-10 cannot be read from '{data_dir}' nor downloaded: put an intact "
-                        f"cifar-10-python.tar.gz there, or see --data ({first_line(error)})")
+        raise OSError(f"CIFAR-10 is not whole in '{folder}' and cannot be downloaded ({error}): "
+                      f"put {CIFAR10.filename} there, or see --data in -h") from error
     finally:
-        socket.setdefaulttimeout(None)
-    return Dataset("CIFAR-10", train.classes, torch.tensor(train.data), torch.tensor(train.targets),
-                   torch.tensor(test.data), torch.tensor(test.targets))
+        socket.setdefaulttimeout(patience)
+    # torchvision's arrays are transposed views; make_dataset copies them into rows of pixels.
+    return make_dataset("CIFAR-10", (train.data, train.targets, test.data, test.targets),
+                        train.classes)
 
 
 def load_npz(path):
-    """train_images, train_labels, test_images, test_labels from an .npz, checked one by one."""
-    check_zip(path)
+    """train_images, train_labels, test_images and test_labels of an .npz."""
     try:
         with np.load(path, allow_pickle=False) as archive:
-            arrays = [np.ascontiguousarray(archive[name]) for name in Dataset._fields[2:6]]
-    except Exception as error:         # a key is missing, or an array holds pickled objects
-        raise UserError(f"{path}: {first_line(error)}; see --data in train.py -h")
-    classes = len(np.unique(arrays[1]))
-    for split, images, labels in (("train", *arrays[:2]), ("test", *arrays[2:])):
-        problem = None
-        if images.dtype != np.uint8 or images.shape[1:] != (SIZE, SIZE, 3) or not len(images):
-            problem = f"images must be uint8 (N, 32, 32, 3), not {images.dtype} {images.shape}"
-        elif labels.dtype.kind not in "iu" or labels.shape != images.shape[:1]:
-            problem = f"labels must be {len(images)} integers, not {labels.dtype} {labels.shape}"
-        elif labels.min() < 0 or labels.max() >= classes:
-            problem = f"labels must be 0 .. {classes - 1}, not {labels.min()} .. {labels.max()}"
-        if problem:
-            raise UserError(f"{path}: {split}_{problem}")
-    tensors = [torch.from_numpy(a if a.ndim == 4 else a.astype(np.int64)) for a in arrays]
-    return Dataset(Path(path).name, [str(k) for k in range(classes)], *tensors)
+            arrays = [archive[name] for name in Dataset._fields[2:6]]
+    except OSError as error:
+        raise OSError(f"cannot read '{path}': {error.strerror or error}; see --data in -h")
+    except (KeyError, ValueError, AttributeError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+        raise ValueError(f"'{path}' is no .npz with the four arrays, or is damaged ({error}); see "
+                         f"--data in -h")
+    return make_dataset(Path(path).name, arrays)
 
 
 def synthetic(train=2560, test=1000):
@@ -259,75 +344,17 @@ def synthetic(train=2560, test=1000):
     ground = random.uniform(0, 255, (count, 1, 1, 3))
     colour = (ground + random.uniform(80, 175, ground.shape)) % 255      # never close to the ground
     images = np.where(shape, colour, ground) + random.normal(0, 12, (count, SIZE, SIZE, 3))
-    images, labels = torch.from_numpy(images.clip(0, 255).astype(np.uint8)), torch.tensor(labels)
-    return Dataset("generated images", [*shapes], images[:train], labels[:train],
-                   images[train:], labels[train:], real=False, batch_size=128)
-
-
-def normalisation(images):
-    """Mean and 1 / standard deviation of each channel of (N, 32, 32, 3) uint8: (3,) float32."""
-    deviation, mean = torch.std_mean(images.view(-1, 3).float(), dim=0, correction=0)
-    return mean, 1 / deviation.clamp(min=1)
-
-
-def draw(data, path):
-    """Five images, a row each: stored, padded, cropped, flipped, cut out; in epochs 1, 2 and 3."""
-    draws = plain_draws(5).repeat(8, 1, 1)                                     # (8, 5, 6)
-    draws[2:, :, 1:3], draws[3:, :, 3] = torch.tensor([1, 8]), 1               # up and right; flip
-    epochs = torch.stack([e[e[:, 0].argsort()] for e in (draw_epoch(5, 0, k) for k in range(4))])
-    draws[4, :, 4:], draws[5:] = epochs[0, :, 4:], epochs[1:]
-    draws, (mean, inverse_std) = draws.transpose(0, 1), normalisation(data.train_images)
-    values = augment(data.train_images, draws.reshape(40, 6), mean, inverse_std, torch.float32)
-    images = (values / inverse_std[:, None, None] + mean[:, None, None]) / 255  # (40, 3, 32, 32)
-    framed = F.pad(images, (PAD, PAD, PAD, PAD), value=1)
-    framed[1::8] = F.pad(images[::8], (PAD, PAD, PAD, PAD), mode="reflect")
-    torchvision.utils.save_image(F.interpolate(framed, scale_factor=3), path, nrow=8, pad_value=1)
-
-
-def transform_each(transform, images):
-    return torch.stack([transform(image) for image in images])
-
-
-def race(data, device):
-    """Print images a second for every way there is on this machine: medians, side by side."""
-    from torch.utils.benchmark import Timer
-    dtype, (mean, inverse_std) = precision(device), normalisation(data.train_images)
-    images = data.train_images.repeat(50_000 // len(data.train_images) + 1, 1, 1, 1)[:50_000]
-    transform = v2.Compose([
-        v2.RandomCrop(SIZE, PAD, padding_mode="reflect"), v2.RandomHorizontalFlip(),
-        v2.ToDtype(torch.float32), v2.Normalize(mean.tolist(), (1 / inverse_std).tolist()),
-        v2.RandomErasing(p=1, scale=(1 / 16, 1 / 16), ratio=(1, 1))])
-    workers = DataLoader(images.permute(0, 3, 1, 2), 512, shuffle=True, num_workers=2,
-                         collate_fn=partial(transform_each, transform))
-    loader = Loader(images, torch.zeros(50_000), mean, inverse_std, 512, dtype, device)
-    theirs = (batch for _ in itertools.count() for batch in workers)
-    ours = (batch for e in itertools.count() for batch in loader.epoch(0, e))
-    draws, same = draw_epoch(50_000, 0, 0).to(device), (loader.mean, loader.inverse_std, dtype)
-    batch, epoch = ((loader.images, draws[:n], *same) for n in (512, 50_000))
-    moved = SIZE * SIZE * 3 * (1 + dtype.itemsize)                # bytes an image, in and out
-    source, target = torch.ones(2, 50_000 * moved // 2, dtype=torch.uint8, device=device)
-    ways = {"torchvision, 2 workers": (512, lambda: next(theirs)),
-            "this loader": (512, lambda: next(ours)),
-            "copy of as many bytes": (50_000, lambda: target.copy_(source))}
-    if loader.augment is fused_augment:
-        ways |= {"plain torch, one batch": (512, lambda: augment(*batch)),
-                 "torch.compile of it": (512, partial(torch.compile(augment), *batch)),
-                 "Triton kernel, one batch": (512, lambda: fused_augment(*batch)),
-                 "Triton kernel, an epoch": (50_000, lambda: fused_augment(*epoch))}
-    each = {}                                                     # seconds an image
-    for name, (count, work) in ways.items():
-        timer = Timer("work()", globals={"work": work}, num_threads=torch.get_num_threads())
-        each[name] = timer.blocked_autorange(min_run_time=2).median / count
-    print(f"{f'{device.type}, {dtype}':28}images/s  x torchvision    GB/s  of copy")
-    slow, copy = each["torchvision, 2 workers"], each["copy of as many bytes"]
-    for name, t in each.items():
-        print(f"{name:24}{1 / t:12,.0f}{slow / t:15.1f}{moved / t / 1e9:8.2f}{copy / t:9.1%}")
+    images = images.clip(0, 255).astype(np.uint8)
+    return make_dataset("drawn shapes", (images[:train], labels[:train], images[train:],
+                                         labels[train:]), [*shapes],
+                        batch_size=64, width=16, epochs=8, real=False)
 
 
 def main():
-    draw(data := load("auto"), "augmented.png")
-    race(data, pick_device())
+    from torchvision.utils import save_image
+    data = load()
+    save_image(picture(data), "augmented.png")
 
 
 if __name__ == "__main__":
-    run(main)
+    main()

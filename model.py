@@ -1,4 +1,4 @@
-"""The network, the recipe that trains it, and, at the end, files and errors that users meet.
+"""The network, and Muon, the optimizer whose fixed weights its batch normalisation allows.
 
 A residual network of eight convolutions:
 
@@ -14,20 +14,17 @@ with R = conv 3x3, BN, ReLU, conv 3x3, BN, ReLU. Each layer halves the picture a
 channels, so that the first convolutions of all three cost the same. Pooling stands *before* batch
 normalisation, which has a quarter of the pixels to read. The shape is David Page's ResNet-9.
 
+    model = make_model(pick_device())
+    optimizer = make_optimizer(model)          # a schedule sets its learning rate
+
     python model.py        prints the table with parameters and multiply-accumulates
 """
-import ctypes
-import os
-import sys
-import zipfile
 from collections import Counter
 
 import torch
 from torch import nn
 
-from onecycle import Muon
-
-# The recipe of train.py and of lrfinder.py: a range test must run what the training will run.
+# What training and the range test must share, or the test would answer for another training.
 MOMENTUM = 0.6            # Nesterov; airbench94_muon's
 WEIGHT_DECAY = 1e-3       # of all but the convolutions, whose length Muon keeps
 LOGIT_SCALE = 0.125       # see CustomResNet.forward
@@ -59,19 +56,23 @@ class ResBlock(nn.Module):
 
 
 class CustomResNet(nn.Module):
-    """Normalised images (B, 3, 32, 32) to log-probabilities (B, classes), float32."""
+    """Normalised images (B, 3, 32, 32) to log-probabilities (B, classes), float32.
 
-    def __init__(self, classes=10):
+    width: channels of the first stage. 64 is the specification; 32 trains about four times as fast.
+    """
+
+    def __init__(self, classes=10, width=64):
         super().__init__()
-        self.prep = conv_bn_relu(3, 64)
-        self.layer1 = nn.Sequential(conv_bn_relu(64, 128, pool=True), ResBlock(128))
-        self.layer2 = conv_bn_relu(128, 256, pool=True)
-        self.layer3 = nn.Sequential(conv_bn_relu(256, 512, pool=True), ResBlock(512))
+        w = width
+        self.prep = conv_bn_relu(3, w)
+        self.layer1 = nn.Sequential(conv_bn_relu(w, 2 * w, pool=True), ResBlock(2 * w))
+        self.layer2 = conv_bn_relu(2 * w, 4 * w, pool=True)
+        self.layer3 = nn.Sequential(conv_bn_relu(4 * w, 8 * w, pool=True), ResBlock(8 * w))
         self.pool = nn.MaxPool2d(kernel_size=4, stride=2)
-        self.fc = nn.Linear(512, classes)
+        self.fc = nn.Linear(8 * w, classes)
 
-    def forward(self, x):
-        x = self.prep(x)                     # (B,  64, 32, 32), B images
+    def forward(self, x):                    # (B,   3, 32, 32), B images
+        x = self.prep(x)                     # (B,  64, 32, 32)
         x = self.layer1(x)                   # (B, 128, 16, 16)
         x = self.layer2(x)                   # (B, 256,  8,  8)
         x = self.layer3(x)                   # (B, 512,  4,  4)
@@ -82,6 +83,80 @@ class CustomResNet(nn.Module):
         # The softmax as its logarithm: .exp() gives probabilities, and the cross-entropy loss is
         # simply minus the right class's entry, nll_loss. A log of a softmax could be log(0).
         return logits.log_softmax(dim=1)                                           # (B, C)
+
+
+def orthogonal(matrix, dtype=torch.float32):
+    """About U V^T of a matrix U S V^T: (n, m) float32 to (n, m) of `dtype`, the arithmetic's.
+
+    Three steps of a Newton-Schulz iteration, which needs products only: as X X^T X = U S^3 V^T,
+    each takes every singular value s to a s + b s^3 + c s^5. With Jordan's a, b and c, those from
+    0.02 to 1 of the matrix's length end within 0.68 .. 1.21; smaller ones grow up to 41-fold.
+    """
+    x = (matrix / matrix.norm().clamp(min=1e-7)).to(dtype)        # now all s are 1 or less
+    x = x.T if len(matrix) > matrix.shape[1] else x               # the smaller of X X^T and X^T X
+    for _ in range(3):
+        gram = x @ x.T
+        polynomial = torch.addmm(gram, gram, gram, beta=-4.7750, alpha=2.0315)   # b XX' + c (XX')^2
+        x = torch.addmm(x, polynomial, x, beta=3.4445)
+    return x.T if len(matrix) > matrix.shape[1] else x
+
+
+class Muon(torch.optim.SGD):
+    """SGD with Nesterov momentum and weight decay, in which convolutions take this step instead:
+
+        v <- mu v + g,    w <- w sqrt(n) / |w| - lr orthogonal(g + mu v),    n channels out
+
+    Most of a gradient's length lies in the few directions in which the loss is steep; a step made
+    orthogonal goes about as far in the others too. Batch normalisation takes the length of w away,
+    so it is not decayed but fixed, at that of n orthonormal rows: lr is about the length of a step
+    as a share of the weights' (half of that for the first, whose 64 rows have 27 columns).
+
+    Each convolution must have batch normalisation behind it. The other options are SGD's; lr may
+    be a tensor, as a CUDA graph needs it, where fused=True.
+
+    Jordan et al., kellerjordan.github.io/posts/muon, 2024; the fixed length and three iterations as
+    in Jordan's airbench94_muon. torch.optim.Muon takes matrices only, and decays their length.
+    """
+
+    def __init__(self, parameters, lr, momentum, weight_decay, **options):
+        parameters = list(parameters)
+        convolutions = [w for w in parameters if w.dim() == 4]            # (n, channels in, 3, 3)
+        others = [w for w in parameters if w.dim() != 4]
+        groups = [{"params": convolutions, "orthogonal": True}, {"params": others}]
+        super().__init__([group for group in groups if group["params"]], lr, momentum,
+                         nesterov=True, weight_decay=weight_decay, **options)
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        groups = self.param_groups
+        for group in groups:
+            if group.get("orthogonal"):
+                for w in group["params"]:
+                    if w.grad is not None:
+                        self.orthogonal_step(w, group)
+        try:
+            self.param_groups = [group for group in groups if not group.get("orthogonal")]
+            super().step()                                    # SGD's own, for all the others
+        finally:
+            self.param_groups = groups
+        return loss
+
+    def orthogonal_step(self, w, group):
+        """The formula above for one convolution."""
+        if "momentum_buffer" not in self.state[w]:
+            self.state[w]["momentum_buffer"] = torch.zeros_like(w)
+        v = self.state[w]["momentum_buffer"]
+        gradient = -w.grad if group["maximize"] else w.grad
+        v.mul_(group["momentum"]).add_(gradient)
+        matrix = gradient.add(v, alpha=group["momentum"]).flatten(1)          # (n, channels in * 9)
+        direction = orthogonal(matrix, precision(w.device)).view_as(w)
+        w.mul_(len(w) ** 0.5 / w.norm().clamp(min=1e-7))
+        # In float32: bf16 times a tensor on CUDA would round the rate to bf16 first.
+        w.sub_(direction.float() * group["lr"])
 
 
 def pick_device():
@@ -107,118 +182,26 @@ def autocast(device):
     return torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32)
 
 
-def reuse_freed_memory():
-    """Let glibc keep freed memory, not map new pages: a step 8.05 -> 7.1 s on two Zen 3 cores."""
-    libc = ctypes.CDLL(None) if sys.platform == "linux" else None
-    if hasattr(libc, "mallopt"):
-        libc.mallopt(-4, 0)              # M_MMAP_MAX: no mappings ...
-        libc.mallopt(-1, 2**31 - 1)      # M_TRIM_THRESHOLD: ... and nothing given back
-
-
-def make_model(device, seed=0, classes=10):
+def make_model(device, seed=0, classes=10, width=64):
     """A fresh CustomResNet, the same for the same seed on every device, channels_last."""
-    if device.type == "cpu":
-        reuse_freed_memory()
     torch.manual_seed(seed)
     # channels_last (NHWC in memory) is what tensor cores and oneDNN's convolutions read fastest.
-    return CustomResNet(classes).to(device, memory_format=torch.channels_last)
+    return CustomResNet(classes, width).to(device, memory_format=torch.channels_last)
 
 
-def make_optimizer(model, lr):
+def make_optimizer(model, lr=0.1):
     """Muon with the recipe's constants; what it leaves to SGD, on CUDA in one fused kernel.
 
     Not in fp16: where a first step overflows, fused SGD leaves its momentum uninitialised.
     """
     device = next(model.parameters()).device
     fused = device.type == "cuda" and precision(device) != torch.float16
-    return Muon(model.parameters(), lr, MOMENTUM, WEIGHT_DECAY, precision(device), fused=fused)
+    return Muon(model.parameters(), lr, MOMENTUM, WEIGHT_DECAY, fused=fused)
 
 
 def make_scaler(device):
     """Scales the loss so that fp16 gradients do not underflow; otherwise does nothing."""
     return torch.amp.GradScaler(device.type, enabled=precision(device) == torch.float16)
-
-
-@torch.no_grad()
-def accuracy(model, loader, flip=False):
-    """Share of the split that model gets right; flip: averaged over pictures and mirror images."""
-    model.eval()
-    correct = torch.zeros((), device=loader.images.device, dtype=torch.long)
-    for inputs, labels in loader.plain():
-        with autocast(inputs.device):
-            probabilities = model(inputs).exp()                                   # (B, classes)
-            if flip:
-                probabilities += model(inputs.flip(3)).exp()
-        correct += (probabilities.argmax(1) == labels).sum()
-    return correct.item() / len(loader.images)
-
-
-class UserError(Exception):
-    """Something that the user can put right; its text is one line that says how."""
-
-
-def fail(message):
-    """Refuse a command line; in place of argparse's own `error`, which takes several lines."""
-    raise UserError(f"{message} (-h explains)")
-
-
-def first_line(error):
-    """What an exception says first."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
-
-
-def run(main):
-    """Call main; where the user can help it show one line, without traceback, and exit with 2."""
-    try:
-        main()
-    except KeyboardInterrupt:
-        print("\ninterrupted", file=sys.stderr)
-        sys.exit(130)
-    except (UserError, OSError, torch.OutOfMemoryError) as error:
-        hint = "; try a smaller --batch-size" * isinstance(error, torch.OutOfMemoryError)
-        print(f"error: {first_line(error)}{hint}", file=sys.stderr)
-        sys.exit(2)
-
-
-def check_zip(path):
-    """Raise UserError unless path is a zip (.npz, torch.save) with every checksum right.
-
-    torch.load by itself looks at none of them: it takes a flipped bit in silence.
-    """
-    try:
-        with zipfile.ZipFile(path) as archive:
-            if damaged := archive.testzip():
-                raise zipfile.BadZipFile(f"wrong checksum in {damaged}")
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror or error}") from error
-    except Exception as error:         # zipfile meets a damaged header with a dozen exceptions
-        raise UserError(f"{path} is damaged or not the right kind of file ({first_line(error)}): "
-                        f"make or copy it again") from error
-
-
-def save(path, content):
-    """Write a file aside, then rename it: whatever happens, path is whole, the old or the new."""
-    aside = path.with_suffix(".partial")
-    try:
-        with open(aside, "wb") as file:
-            torch.save(content, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(aside, path)
-    except (OSError, RuntimeError) as error:
-        aside.unlink(missing_ok=True)
-        raise UserError(f"cannot write {path}: is the disk full or read-only? What was saved "
-                        f"before is whole ({first_line(error)})") from error
-
-
-def restore(path, *names):
-    """The entries `names` of what `save` wrote; checksums are checked, no pickled code is run."""
-    check_zip(path)
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-        return {name: content[name] for name in names}
-    except Exception as error:         # whatever a zip that holds something else can raise
-        raise UserError(f"{path} is no checkpoint of this program") from error
 
 
 def main():
@@ -235,8 +218,9 @@ def main():
     print(f"{'stage':8}{'output':>14}{'parameters':>14}{'MACs':>14}")
     for name, stage in model.named_children():
         x = stage(x.flatten(1) if name == "fc" else x)
-        print(f"{name:8}{' x '.join(map(str, x.shape[1:])):>14}"
-              f"{sum(p.numel() for p in stage.parameters()):14,}"
+        shape = " x ".join(str(n) for n in x.shape[1:])
+        parameters = sum(p.numel() for p in stage.parameters())
+        print(f"{name:8}{shape:>14}{parameters:14,}"
               f"{sum(macs[module] for module in stage.modules()):14,}")
     print(f"{'all':22}{sum(p.numel() for p in model.parameters()):14,}{macs.total():14,}")
 

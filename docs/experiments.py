@@ -1,0 +1,220 @@
+"""The experiments behind the README's claims: every arm is one line, every result one line more.
+
+    python -m docs.experiments PART ... [--seconds S] [--together G] [--compile] [--width W]
+    python -m docs.experiments --draw           schedules.png and tables from experiments.jsonl
+
+Parts, each on the official images of --data-dir, trained on 40,000 with 10,000 held out, unless
+*test set* stands:
+
+    schedules   one cycle, annihilated, constant, step decay, by Muon and by SGD (test set)
+    rates       the best rates for those
+    apart       raw and averaged weights x running and measured statistics (test set)
+    range       LRMAX x 1/4 .. 4, and LRMIN = LRMAX / 3 and / 30
+    recipe      one constant changed at a time
+
+Seed after seed, all arms with each, until the time is over. --together trains so many runs at once
+on one GPU, whose small kernels leave room; --compile saves a quarter of a step's time.
+"""
+import argparse
+import copy
+import json
+import sys
+import time
+from pathlib import Path
+
+import torch
+from torch.nn.functional import cross_entropy
+
+from data import FLIP, INDEX, Loader, draw_epoch, load
+from model import (MOMENTUM, WEIGHT_DECAY, Muon, autocast, make_model, make_scaler, pick_device,
+                   precision)
+from onecycle import one_cycle
+from torch.optim.swa_utils import update_bn
+from train import AVERAGE_DECAY, PEAK, accuracy, make_step, measure_statistics, update_average
+
+RESULTS = Path(__file__).with_name("experiments.jsonl")
+LR = {"muon": 0.1, "sgd": 0.2}           # about what the range test finds for each
+ARM = {"optimizer": "muon", "schedule": "one cycle", "lr": None, "ratio": 10, "epochs": 24,
+       "smoothing": 0.0, "sharpness": 1.0, "decay": AVERAGE_DECAY, "momentum": None,
+       "weight_decay": WEIGHT_DECAY, "flip": "alternating", "apart": False}
+
+
+def arms_of(part):
+    """The arms of a part: dictionaries of what differs from ARM."""
+    if part == "schedules":
+        both = [{}, {"schedule": "annihilated"}, {"schedule": "constant"}, {"schedule": "steps"}]
+        return ([{"optimizer": o, **arm} for o in ("sgd", "muon") for arm in both]
+                + [{"optimizer": o, "schedule": "steps", "epochs": 120} for o in ("sgd", "muon")])
+    if part == "rates":
+        return [{"optimizer": o, "schedule": s, "lr": LR[o] * f} for o in ("sgd", "muon")
+                for s in ("constant", "steps")
+                for f in ((1 / 8, 1 / 4, 1 / 2) if s == "constant" else (1 / 4, 1 / 2, 1))]
+    if part == "apart":
+        return [{"apart": True}, {"apart": True, "schedule": "annihilated"}]
+    if part == "range":
+        return ([{"optimizer": o, "lr": LR[o] * f} for f in (1, 2, 1 / 2, 4, 1 / 4)
+                 for o in ("muon", "sgd")] + [{"ratio": 3}, {"ratio": 30}])
+    if part == "recipe":
+        return [{}, {"smoothing": 0.1}, {"smoothing": 0.2}, {"decay": 0.995}, {"sharpness": 2.0},
+                {"sharpness": 8.0}, {"flip": "coin"}, {"momentum": 0.9}, {"weight_decay": 0.0}]
+    raise SystemExit(f"there is no part {part}: see -h")
+
+
+def rate(arm, step, total):
+    """The learning rate of a step."""
+    lr, schedule = arm["lr"], arm["schedule"]
+    if schedule == "constant":
+        return lr
+    if schedule == "steps":              # the ordinary one: a tenth after 1/2 and after 3/4
+        return lr * (1 if step < total / 2 else 0.1 if step < 3 * total / 4 else 0.01)
+    peak = round(total * PEAK)
+    if arm["ratio"] != 10:               # the same two straight lines between other bounds
+        up, down = step / peak, (total - 1 - step) / (total - 1 - peak)
+        return lr / arm["ratio"] + (lr - lr / arm["ratio"]) * min(up, down)
+    return one_cycle(step, total, peak, lr, lr_end=0 if schedule == "annihilated" else None)
+
+
+def make_optimizer(net, arm):
+    """Muon as in model.py, or SGD with the constants that suit it here."""
+    fused = next(net.parameters()).device.type == "cuda"
+    if arm["optimizer"] == "muon":
+        return Muon(net.parameters(), arm["lr"], arm["momentum"] or MOMENTUM, arm["weight_decay"],
+                    fused=fused)
+    return torch.optim.SGD(net.parameters(), arm["lr"], arm["momentum"] or 0.9, nesterov=True,
+                           weight_decay=arm["weight_decay"], fused=fused)
+
+
+def epoch_of(loader, seed, epoch, flip):
+    if flip == "alternating":
+        return loader.epoch(seed, epoch)
+    images = len(loader.train_images)
+    draws = draw_epoch(images, seed, epoch, loader.device)
+    draws[:, FLIP] = draw_epoch(images, seed, 2**31 + epoch, loader.device)[:, INDEX] % 2
+    return loader.batches(loader.train_images, loader.train_labels,
+                          draws[:len(loader) * loader.batch_size], loader.batch_size)
+
+
+def training(loader, arm, seed, width, compiled):
+    """A run as a generator, which stops after each step and returns what it reached.
+
+    That is a list of (epoch, raw, averaged accuracy), and with `apart` four accuracies at the end.
+    """
+    device = loader.device
+    classes = int(loader.train_labels.max()) + 1
+    net = make_model(device, seed, classes, width)
+    average, raw = copy.deepcopy(net), copy.deepcopy(net)
+    if compiled:
+        net.compile()
+    optimizer = make_optimizer(net, arm)
+    step = make_step(net, optimizer, make_scaler(device), lambda log_p, labels: cross_entropy(
+        log_p * arm["sharpness"], labels, label_smoothing=arm["smoothing"]))
+    steps, epochs, history, buffers = len(loader), arm["epochs"], [], None
+    for epoch in range(epochs):
+        net.train()
+        for k, batch in enumerate(epoch_of(loader, seed, epoch, arm["flip"]), start=epoch * steps):
+            lr = rate(arm, k, epochs * steps)
+            for group in optimizer.param_groups:
+                if torch.is_tensor(group["lr"]):
+                    group["lr"].fill_(lr)
+                else:
+                    group["lr"] = lr
+            step(*batch)
+            update_average(average, net, k, arm["decay"])
+            if arm["apart"]:                        # the statistics averaged as the weights are
+                now = [b for b in net.buffers() if b.is_floating_point()]
+                buffers = buffers or [b.clone() for b in now]
+                for mine, b in zip(buffers, now):
+                    mine.lerp_(b, 1 - min(arm["decay"], (1 + k) / (10 + k)))
+            yield
+        if epochs - epoch <= 1 or epochs == 24 or epoch % 4 == 3:
+            measure_statistics(average, loader, seed, epoch)
+            raw.load_state_dict(net.state_dict())
+            history.append((epoch + 1, accuracy(raw, loader.test()),
+                            accuracy(average, loader.test())))
+    result = {"history": history, "raw": history[-1][1], "averaged": history[-1][2],
+              "flipped": accuracy(average, loader.test(), flip=True)}
+    if arm["apart"]:
+        result["averaged, averaged statistics"] = None
+        measure_statistics(raw, loader, seed, epoch)
+        result["raw, measured"] = accuracy(raw, loader.test())
+        for mine, b in zip(buffers, (b for b in average.buffers() if b.is_floating_point())):
+            b.copy_(mine)
+        result["averaged, averaged statistics"] = accuracy(average, loader.test())
+    return result
+
+
+def side_by_side(runs):
+    """Exhaust generators in turn, each on a CUDA stream of its own; yield (which, result)."""
+    cuda = torch.cuda.is_available()
+    streams = [torch.cuda.Stream() if cuda else None for _ in runs]
+    active = dict(enumerate(runs))
+    while active:
+        for k, run in list(active.items()):
+            with torch.cuda.stream(streams[k]):
+                try:
+                    next(run)
+                except StopIteration as stop:
+                    del active[k]
+                    yield k, stop.value
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("parts", nargs="*")
+    parser.add_argument("--data", default="cifar10")
+    parser.add_argument("--data-dir", default="data")
+    parser.add_argument("--seconds", type=float, default=1e9, help="begin no run after these")
+    parser.add_argument("--first-seed", type=int, default=0)
+    parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--together", type=int, default=1)
+    parser.add_argument("--compile", action="store_true")
+    parser.add_argument("--width", type=int, default=64)
+    parser.add_argument("--images", type=int, help="train on so many only")
+    parser.add_argument("--epochs", type=int, help="in place of 24")
+    parser.add_argument("--out", type=Path, default=RESULTS)
+    args = parser.parse_args()
+    start = time.time()
+    device = pick_device()
+    everything = load(args.data, args.data_dir)
+    held_out = len(everything.train_images) // 5
+    part_way = everything._replace(
+        train_images=everything.train_images[:-held_out][:args.images],
+        train_labels=everything.train_labels[:-held_out][:args.images],
+        test_images=everything.train_images[-held_out:],
+        test_labels=everything.train_labels[-held_out:])
+    on_test = everything._replace(train_images=everything.train_images[:args.images],
+                                  train_labels=everything.train_labels[:args.images])
+    loaders = {split: Loader(data, 512, precision(device), device)
+               for split, data in (("held out", part_way), ("test", on_test))}
+    machine = torch.cuda.get_device_name() if device.type == "cuda" else "CPU"
+    todo = []
+    for seed in range(args.first_seed, args.first_seed + args.seeds):
+        for part in args.parts:
+            for changes in arms_of(part):
+                arm = {**ARM, **changes}
+                arm["lr"] = arm["lr"] or BEST.get((arm["optimizer"], arm["schedule"])) or \
+                    LR[arm["optimizer"]]
+                arm["epochs"] = args.epochs or arm["epochs"]
+                todo.append((part, arm, changes, seed))
+    while todo and time.time() - start < args.seconds:
+        group, todo = todo[:args.together], todo[args.together:]
+        began = time.time()
+        runs = [training(loaders["test" if part in ("schedules", "apart") else "held out"], arm,
+                         seed, args.width, args.compile) for part, arm, changes, seed in group]
+        for k, result in side_by_side(runs):
+            part, arm, changes, seed = group[k]
+            result = {"part": part, "arm": changes, "lr": arm["lr"], "epochs": arm["epochs"],
+                      "seed": seed, "machine": machine, "width": args.width,
+                      "images": len(runs) and args.images, **result,
+                      "seconds": time.time() - began}
+            print(f"{time.time() - start:6.0f} s  {part:10}{result['averaged']:8.2%}"
+                  f"{result['raw']:8.2%}  lr {arm['lr']:.4g}  seed {seed}  {changes}", flush=True)
+            with args.out.open("a") as file:
+                file.write(json.dumps(result) + "\n")
+
+
+BEST = {}
+
+
+if __name__ == "__main__":
+    main()
