@@ -128,7 +128,7 @@ def make_step(net, optimizer, scaler, loss_function=nll_loss):
 
 
 def as_graph(step, warmup=3):
-    """`step` with its kernels recorded as a CUDA graph after `warmup` calls, and replayed from then.
+    """`step`, recorded as a CUDA graph after `warmup` calls, and from then on replayed.
 
     step: a function of tensors that returns tensors, the shapes always the same. A whole step is
     about 450 kernels, which Python takes longer to launch than a GPU to run; a graph is one launch.
@@ -144,7 +144,9 @@ def as_graph(step, warmup=3):
             return step(*batch)
         if not inputs:
             inputs.extend(tensor.clone() for tensor in batch)
-            with torch.cuda.graph(graph):      # which records and does not run
+            # Recording does not run. It takes a stream of its own, as cuBLAS keeps a workspace for
+            # each: graphs of one stream would share it, and spoil each other where they overlap.
+            with torch.cuda.graph(graph, stream=torch.cuda.Stream()):
                 outputs.extend(step(*inputs))
         for mine, tensor in zip(inputs, batch):
             mine.copy_(tensor)
@@ -212,8 +214,7 @@ def describe(data, loader):
           f"data      {data.name}: {len(data.train_images):,} to train, {len(data.test_images):,} "
           f"to test, {len(data.classes)} classes")
     if not data.real:
-        print(f"          THIS IS NOT CIFAR-10, and the network is only {data.width} channels wide, "
-              f"not 64")
+        print(f"          THIS IS NOT CIFAR-10, and the network has {data.width} channels, not 64")
 
 
 def finish(data, settings, schedule, history, average, loader, out):
@@ -257,8 +258,8 @@ def plot_curves(history, schedule, steps, path):
         ax.plot([k / steps for k in range(len(rates))], rates, color="black")
         ax.axvline(rates.index(max(rates)) / steps, color="grey", linewidth=0.8)
         ax.set(xlabel="epoch", ylabel="learning rate", ylim=(0, None))
-    below.annotate(f"LRMAX {max(rates):.3g}", (rates.index(max(rates)) / steps, max(rates)), (6, -4),
-                   textcoords="offset points", va="top")
+    below.annotate(f"LRMAX {max(rates):.3g}", (rates.index(max(rates)) / steps, max(rates)),
+                   (6, -4), textcoords="offset points", va="top")
     figure.savefig(path, dpi=100)
 
 
@@ -278,8 +279,8 @@ def plot_mistakes(data, net, loader, path):
         ax.axis("off")
     for ax, k in zip(axes, worst.tolist()):
         ax.imshow(data.test_images[k].numpy())
-        ax.set_title(f"{data.classes[guess[k]]} {confidence[k]:.0%}\nis {data.classes[data.test_labels[k]]}",
-                     fontsize=8)
+        ax.set_title(f"{data.classes[guess[k]]} {confidence[k]:.0%}\n"
+                     f"is {data.classes[data.test_labels[k]]}", fontsize=8)
     share = [100 * (~wrong[data.test_labels == c]).float().mean().item()
              for c in range(len(data.classes))]
     ax = right.subplots()
@@ -430,7 +431,8 @@ def run(args, parser):
         return train(data, settings, None, out)
     results = []
     for seed in range(settings["seed"], settings["seed"] + args.runs):
-        results.append(train(data, {**settings, "seed": seed}, None, make_folder(out / f"seed{seed}")))
+        own = {**settings, "seed": seed}
+        results.append(train(data, own, None, make_folder(out / f"seed{seed}")))
     if args.runs > 1:
         print(f"\n{args.runs} runs: {statistics.mean(results):.2%} +- "
               f"{statistics.stdev(results):.2%} (min {min(results):.2%}, max {max(results):.2%}), "

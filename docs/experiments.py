@@ -46,9 +46,9 @@ def arms_of(part):
         return ([{"optimizer": o, **arm} for o in ("sgd", "muon") for arm in both]
                 + [{"optimizer": o, "schedule": "steps", "epochs": 120} for o in ("sgd", "muon")])
     if part == "rates":
-        return [{"optimizer": o, "schedule": s, "lr": LR[o] * f} for o in ("sgd", "muon")
+        return [{"optimizer": o, "schedule": s, "lr": LR[o] * f} for o in ("muon", "sgd")
                 for s in ("constant", "steps")
-                for f in ((1 / 8, 1 / 4, 1 / 2) if s == "constant" else (1 / 4, 1 / 2, 1))]
+                for f in ((1 / 4, 1 / 2, 1) if s == "constant" else (1 / 2, 1, 2))]
     if part == "apart":
         return [{"apart": True}, {"apart": True, "schedule": "annihilated"}]
     if part == "range":
