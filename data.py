@@ -324,9 +324,10 @@ def load_npz(path):
 
 def synthetic(train=2560, test=1000):
     """Ten classes of drawn shapes to train on where CIFAR-10 is missing; all survive a flip."""
-    # Place, size and both colours are random, so a linear classifier stays far below 50 %.
+    # Place, size and both colours are random, the contrast is low and the noise strong, so that a
+    # linear classifier learns next to nothing, and the network needs all of its few epochs.
     random, count = np.random.default_rng(0), train + test
-    radius = random.uniform(7, 12, (count, 1, 1))
+    radius = random.uniform(6, 11, (count, 1, 1))
     y = np.arange(SIZE)[:, None] - random.uniform(11, 21, (count, 1, 1))       # (count, 32, 1)
     x = np.arange(SIZE)[None, :] - random.uniform(11, 21, (count, 1, 1))       # (count, 1, 32)
     round_, square = np.hypot(x, y) / radius, np.maximum(abs(x), abs(y)) / radius
@@ -339,9 +340,10 @@ def synthetic(train=2560, test=1000):
         "vertical stripes": box & column, "chessboard": box & (row ^ column)}
     labels = np.arange(count) % len(shapes)
     shape = np.stack(list(shapes.values()))[labels, np.arange(count), ..., None]
-    ground = random.uniform(0, 255, (count, 1, 1, 3))
-    colour = (ground + random.uniform(80, 175, ground.shape)) % 255      # never close to the ground
-    images = np.where(shape, colour, ground) + random.normal(0, 12, (count, SIZE, SIZE, 3))
+    ground = random.uniform(40, 215, (count, 1, 1, 3))
+    contrast = random.uniform(25, 90, ground.shape) * random.choice([-1, 1], ground.shape)
+    images = np.where(shape, ground + contrast, ground)
+    images += random.normal(0, 50, (count, SIZE, SIZE, 3))
     images = images.clip(0, 255).astype(np.uint8)
     return make_dataset("drawn shapes", (images[:train], labels[:train], images[train:],
                                          labels[train:]), [*shapes],

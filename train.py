@@ -252,14 +252,14 @@ def plot_curves(history, schedule, steps, path):
     left.set(ylabel="accuracy in %", title="test set: averaged, raw; train: augmented")
     left.legend(loc="lower right")
     right.plot(epochs, [row["loss"] for row in history], color="tab:red")
-    right.set(ylabel="training loss", yscale="log", title="training loss")
+    right.set(ylabel="loss", title="training loss", ylim=(0, None))
     rates = [schedule.at(k) for k in range(len(history) * steps)]
     for ax in (below, also_below):
         ax.plot([k / steps for k in range(len(rates))], rates, color="black")
         ax.axvline(rates.index(max(rates)) / steps, color="grey", linewidth=0.8)
         ax.set(xlabel="epoch", ylabel="learning rate", ylim=(0, None))
     below.annotate(f"LRMAX {max(rates):.3g}", (rates.index(max(rates)) / steps, max(rates)),
-                   (6, -4), textcoords="offset points", va="top")
+                   (12, -2), textcoords="offset points", va="center")
     figure.savefig(path, dpi=100)
 
 
@@ -287,7 +287,7 @@ def plot_mistakes(data, net, loader, path):
     bars = ax.barh(data.classes, share)
     ax.bar_label(bars, fmt="%.1f", padding=2)
     ax.invert_yaxis()
-    ax.set(xlabel="accuracy in %", xlim=(0, 112), title="by class")
+    ax.set(xlabel="accuracy in %", xlim=(0, 125), xticks=(0, 50, 100), title="by class")
     figure.savefig(path, dpi=100)
 
 
