@@ -295,6 +295,8 @@ def load_cifar10(data_dir):
     folder = Path(data_dir)
     if folder.name == CIFAR10.base_folder:                   # cifar-10-batches-py itself
         folder = folder.parent
+    if not any(folder.glob("cifar-10*")):
+        print(f"CIFAR-10 is not in '{folder}': downloading it, 170 MB", file=sys.stderr)
     patience = socket.getdefaulttimeout()
     socket.setdefaulttimeout(20)       # seconds without a byte; torchvision would wait for ever
     try:

@@ -1,10 +1,9 @@
 """The experiments behind the README's claims: every arm is one line, every result one line more.
 
     python -m docs.experiments PART ... [--seconds S] [--together G] [--compile] [--width W]
-    python -m docs.experiments --draw           schedules.png and tables from experiments.jsonl
+    python -m docs.experiments draw             tables and experiment.png from experiments.jsonl
 
-Parts, each on the official images of --data-dir, trained on 40,000 with 10,000 held out, unless
-*test set* stands:
+Parts, each on CIFAR-10, trained on 40,000 images with 10,000 held out, unless *test set* stands:
 
     schedules   one cycle, annihilated, constant, step decay, by Muon and by SGD (test set)
     rates       the best rates for those
@@ -12,24 +11,25 @@ Parts, each on the official images of --data-dir, trained on 40,000 with 10,000 
     range       LRMAX x 1/4 .. 4, and LRMIN = LRMAX / 3 and / 30
     recipe      one constant changed at a time
 
-Seed after seed, all arms with each, until the time is over. --together trains so many runs at once
-on one GPU, whose small kernels leave room; --compile saves a quarter of a step's time.
+Seed after seed, all arms with each, until the time is over; a line of experiments.jsonl each.
+--together trains so many runs at once on one GPU, whose small kernels leave room for each other,
+and --compile compiles the network: on an H100 a step takes 6.0 ms, so 3.9 ms.
 """
 import argparse
 import copy
 import json
-import sys
+import os
+import statistics
 import time
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch.nn.functional import cross_entropy
 
 from data import FLIP, INDEX, Loader, draw_epoch, load
-from model import (MOMENTUM, WEIGHT_DECAY, Muon, autocast, make_model, make_scaler, pick_device,
-                   precision)
+from model import MOMENTUM, WEIGHT_DECAY, Muon, make_model, make_scaler, pick_device, precision
 from onecycle import one_cycle
-from torch.optim.swa_utils import update_bn
 from train import AVERAGE_DECAY, PEAK, accuracy, make_step, measure_statistics, update_average
 
 RESULTS = Path(__file__).with_name("experiments.jsonl")
@@ -134,7 +134,6 @@ def training(loader, arm, seed, width, compiled):
     result = {"history": history, "raw": history[-1][1], "averaged": history[-1][2],
               "flipped": accuracy(average, loader.test(), flip=True)}
     if arm["apart"]:
-        result["averaged, averaged statistics"] = None
         measure_statistics(raw, loader, seed, epoch)
         result["raw, measured"] = accuracy(raw, loader.test())
         for mine, b in zip(buffers, (b for b in average.buffers() if b.is_floating_point())):
@@ -173,6 +172,8 @@ def main():
     parser.add_argument("--epochs", type=int, help="in place of 24")
     parser.add_argument("--out", type=Path, default=RESULTS)
     args = parser.parse_args()
+    if args.parts == ["draw"]:
+        return draw(args.out)
     start = time.time()
     device = pick_device()
     everything = load(args.data, args.data_dir)
@@ -205,7 +206,7 @@ def main():
             part, arm, changes, seed = group[k]
             result = {"part": part, "arm": changes, "lr": arm["lr"], "epochs": arm["epochs"],
                       "seed": seed, "machine": machine, "width": args.width,
-                      "images": len(runs) and args.images, **result,
+                      "images": args.images, **result,
                       "seconds": time.time() - began}
             print(f"{time.time() - start:6.0f} s  {part:10}{result['averaged']:8.2%}"
                   f"{result['raw']:8.2%}  lr {arm['lr']:.4g}  seed {seed}  {changes}", flush=True)
@@ -213,7 +214,51 @@ def main():
                 file.write(json.dumps(result) + "\n")
 
 
-BEST = {}
+def mean_of(rows, key):
+    """mean +- standard deviation in %, as text."""
+    values = [100 * row[key] for row in rows]
+    spread = f" ± {statistics.stdev(values):.2f}" if len(values) > 1 else ""
+    return f"{statistics.mean(values):.2f}{spread}"
+
+
+def draw(path):
+    """Print a table of every part, and draw accuracy against epochs for the schedules."""
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    groups = {}
+    for row in rows:
+        key = row["part"], row["machine"], row["width"], row["images"], json.dumps(row["arm"])
+        groups.setdefault(key, []).append(row)
+    for (part, machine, width, images, arm), same in groups.items():
+        print(f"| {part} | {arm} | {same[0]['lr']:.3g} | {mean_of(same, 'averaged')} | "
+              f"{mean_of(same, 'raw')} | {len(same)} | {machine}, width {width}, {images or 'all'} |")
+        if "raw, measured" in same[0]:
+            print("|", ", ".join(f"{name}: {mean_of(same, name)}" for name in
+                                 ("raw, measured", "averaged, averaged statistics")), "|")
+    os.environ["MPLBACKEND"] = "agg"
+    from matplotlib.figure import Figure
+    figure = Figure(figsize=(9, 3.8), layout="constrained")
+    for ax, optimizer in zip(figure.subplots(1, 2, sharey=True), ("sgd", "muon")):
+        for schedule, colour in (("one cycle", "tab:blue"), ("annihilated", "tab:green"),
+                                 ("constant", "tab:red"), ("steps", "tab:orange")):
+            same = [row for row in rows if row["part"] == "schedules" and row["epochs"] == 24
+                    and row["arm"].get("optimizer") == optimizer
+                    and row["arm"].get("schedule", "one cycle") == schedule]
+            for column, style in ((2, "-"), (1, ":")):
+                if same:
+                    curves = np.array([[e[column] for e in row["history"]] for row in same])
+                    ax.plot(range(1, 25), 100 * curves.mean(0), style, color=colour,
+                            label=schedule if column == 2 else None)
+        ax.set(xlabel="epoch", ylim=(70, 97), title={"sgd": "SGD", "muon": "Muon"}[optimizer])
+        ax.axhline(90, color="grey", linewidth=0.8)
+        ax.legend(loc="lower right", title="averaged; dotted: raw")
+    figure.axes[0].set(ylabel="accuracy on the test set in %")
+    figure.savefig("experiment.png", dpi=100)
+    print("wrote experiment.png")
+
+
+# The best of three rates on held-out images (part rates).
+BEST = {("sgd", "constant"): 0.1, ("sgd", "steps"): 0.2,
+        ("muon", "constant"): 0.05, ("muon", "steps"): 0.1}
 
 
 if __name__ == "__main__":
