@@ -354,7 +354,6 @@ def synthetic(train=2560, test=1000):
 
 def plot(data, images=5):
     """A figure, a row an image: stored, padded, cropped, flipped, cut out; then three epochs."""
-    os.environ["MPLBACKEND"] = "agg"             # a notebook's backend may be missing here
     from matplotlib.figure import Figure
     epochs = torch.stack([draws[draws[:, INDEX].argsort()]
                           for draws in (draw_epoch(images, 0, epoch) for epoch in range(3))])
@@ -383,6 +382,7 @@ def plot(data, images=5):
 
 
 def main():
+    os.environ["MPLBACKEND"] = "agg"             # a notebook's backend may be missing here
     data, device = load(), torch.device("cuda" if torch.cuda.is_available() else "cpu")
     plot(data).savefig("augmented.png", dpi=100)
     print("wrote augmented.png")

@@ -235,10 +235,9 @@ def finish(data, settings, schedule, history, average, loader, out):
 
 
 def new_figure(width, height):
-    """A matplotlib Figure on white, which needs no screen."""
-    os.environ["MPLBACKEND"] = "agg"             # a notebook's backend may be missing here
+    """A matplotlib Figure on white, which, unlike pyplot, needs no screen."""
     from matplotlib.figure import Figure         # takes half a second: only where it is needed
-    return Figure(figsize=(width, height), layout="constrained")
+    return Figure(figsize=(width, height), layout="constrained", facecolor="white")
 
 
 def plot_curves(history, schedule, steps, path):
@@ -441,6 +440,7 @@ def run(args, parser):
 
 def main():
     sys.stdout.reconfigure(errors="backslashreplace")    # a terminal may not know a letter
+    os.environ["MPLBACKEND"] = "agg"                     # a notebook's may be missing here
     parser = make_parser()
     args = parser.parse_args()
     reuse_freed_memory()

@@ -60,6 +60,17 @@ def arms_of(part):
     raise SystemExit(f"there is no part {part}: see -h")
 
 
+def best_rate(path, optimizer, schedule):
+    """The rate that was best on held-out images, by part `rates`; of the cycles, that in LR."""
+    rows = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    tried = {}
+    for row in rows:
+        if (row["part"], row["arm"].get("optimizer"), row["arm"].get("schedule")) == (
+                "rates", optimizer, schedule):
+            tried.setdefault(row["lr"], []).append(max(row["raw"], row["averaged"]))
+    return max(tried, key=lambda lr: statistics.mean(tried[lr])) if tried else LR[optimizer]
+
+
 def rate(arm, step, total):
     """The learning rate of a step."""
     lr, schedule = arm["lr"], arm["schedule"]
@@ -193,8 +204,7 @@ def main():
         for part in args.parts:
             for changes in arms_of(part):
                 arm = {**ARM, **changes}
-                arm["lr"] = arm["lr"] or BEST.get((arm["optimizer"], arm["schedule"])) or \
-                    LR[arm["optimizer"]]
+                arm["lr"] = arm["lr"] or best_rate(args.out, arm["optimizer"], arm["schedule"])
                 arm["epochs"] = args.epochs or arm["epochs"]
                 todo.append((part, arm, changes, seed))
     while todo and time.time() - start < args.seconds:
@@ -254,11 +264,6 @@ def draw(path):
     figure.axes[0].set(ylabel="accuracy on the test set in %")
     figure.savefig("experiment.png", dpi=100)
     print("wrote experiment.png")
-
-
-# The best of three rates on held-out images (part rates).
-BEST = {("sgd", "constant"): 0.1, ("sgd", "steps"): 0.2,
-        ("muon", "constant"): 0.05, ("muon", "steps"): 0.1}
 
 
 if __name__ == "__main__":
