@@ -345,7 +345,7 @@ def synthetic(train=2560, test=1000):
     ground = random.uniform(40, 215, (count, 1, 1, 3))
     contrast = random.uniform(25, 90, ground.shape) * random.choice([-1, 1], ground.shape)
     images = np.where(shape, ground + contrast, ground)
-    images += random.normal(0, 50, (count, SIZE, SIZE, 3))
+    images += random.normal(0, 30, (count, SIZE, SIZE, 3))
     images = images.clip(0, 255).astype(np.uint8)
     return make_dataset("drawn shapes", (images[:train], labels[:train], images[train:],
                                          labels[train:]), [*shapes],
