@@ -280,21 +280,21 @@ def load(source="auto", data_dir="data"):
         return synthetic()
     if source not in ("auto", "cifar10"):
         return load_npz(source)
+    folder = Path(data_dir)
+    if folder.name == "cifar-10-batches-py":                 # the files' own folder is in this one
+        folder = folder.parent
     try:
-        return load_cifar10(data_dir)
+        return load_cifar10(folder)
     except OSError as error:
-        if source == "cifar10" or any(Path(data_dir).glob("cifar-10*")):
+        if source == "cifar10" or any(folder.glob("cifar-10*")):
             raise                      # drawn shapes would hide that what is there is damaged
         print(f"{error}\nTHIS IS NOT CIFAR-10: going on with drawn shapes", file=sys.stderr)
         return synthetic()
 
 
-def load_cifar10(data_dir):
-    """CIFAR-10 from data_dir, downloaded (170 MB) where missing; torchvision checks MD5 sums."""
+def load_cifar10(folder):
+    """CIFAR-10 from a folder, downloaded (170 MB) where missing; torchvision checks MD5 sums."""
     from torchvision.datasets import CIFAR10                 # takes a second: only where needed
-    folder = Path(data_dir)
-    if folder.name == CIFAR10.base_folder:                   # cifar-10-batches-py itself
-        folder = folder.parent
     if not any(folder.glob("cifar-10*")):
         print(f"CIFAR-10 is not in '{folder}': downloading it, 170 MB", file=sys.stderr)
     patience = socket.getdefaulttimeout()

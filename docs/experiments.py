@@ -5,8 +5,9 @@
 
 Parts, each on CIFAR-10, trained on 40,000 images with 10,000 held out, unless *test set* stands:
 
-    schedules   one cycle, annihilated, constant, step decay, by Muon and by SGD (test set)
-    rates       the best rates for those
+    sgd, muon   one cycle, annihilated, constant rate, step decay (test set)
+    long        step decay in 120 epochs (test set)
+    rates       three rates for constant and step decay, of which those take the best
     apart       raw and averaged weights x running and measured statistics (test set)
     range       LRMAX x 1/4 .. 4, and LRMIN = LRMAX / 3 and / 30
     recipe      one constant changed at a time
@@ -33,6 +34,7 @@ from onecycle import one_cycle
 from train import AVERAGE_DECAY, PEAK, accuracy, make_step, measure_statistics, update_average
 
 RESULTS = Path(__file__).with_name("experiments.jsonl")
+ON_TEST_SET = "sgd", "muon", "long", "apart"
 LR = {"muon": 0.1, "sgd": 0.2}           # about what the range test finds for each
 ARM = {"optimizer": "muon", "schedule": "one cycle", "lr": None, "ratio": 10, "epochs": 24,
        "smoothing": 0.0, "sharpness": 1.0, "decay": AVERAGE_DECAY, "momentum": None,
@@ -41,16 +43,17 @@ ARM = {"optimizer": "muon", "schedule": "one cycle", "lr": None, "ratio": 10, "e
 
 def arms_of(part):
     """The arms of a part: dictionaries of what differs from ARM."""
-    if part == "schedules":
-        both = [{}, {"schedule": "annihilated"}, {"schedule": "constant"}, {"schedule": "steps"}]
-        return ([{"optimizer": o, **arm} for o in ("sgd", "muon") for arm in both]
-                + [{"optimizer": o, "schedule": "steps", "epochs": 120} for o in ("sgd", "muon")])
+    if part in ("sgd", "muon"):
+        return [{"optimizer": part, "schedule": schedule}
+                for schedule in ("one cycle", "annihilated", "constant", "steps")]
+    if part == "long":
+        return [{"optimizer": o, "schedule": "steps", "epochs": 120} for o in ("sgd", "muon")]
     if part == "rates":
         return [{"optimizer": o, "schedule": s, "lr": LR[o] * f} for o in ("muon", "sgd")
                 for s in ("constant", "steps")
                 for f in ((1 / 4, 1 / 2, 1) if s == "constant" else (1 / 2, 1, 2))]
     if part == "apart":
-        return [{"apart": True}, {"apart": True, "schedule": "annihilated"}]
+        return [{"schedule": s, "apart": True} for s in ("one cycle", "annihilated")]
     if part == "range":
         return ([{"optimizer": o, "lr": LR[o] * f} for f in (1, 2, 1 / 2, 4, 1 / 4)
                  for o in ("muon", "sgd")] + [{"ratio": 3}, {"ratio": 30}])
@@ -210,8 +213,8 @@ def main():
     while todo and time.time() - start < args.seconds:
         group, todo = todo[:args.together], todo[args.together:]
         began = time.time()
-        runs = [training(loaders["test" if part in ("schedules", "apart") else "held out"], arm,
-                         seed, args.width, args.compile) for part, arm, changes, seed in group]
+        runs = [training(loaders["test" if part in ON_TEST_SET else "held out"], arm, seed,
+                         args.width, args.compile) for part, arm, changes, seed in group]
         for k, result in side_by_side(runs):
             part, arm, changes, seed = group[k]
             result = {"part": part, "arm": changes, "lr": arm["lr"], "epochs": arm["epochs"],
@@ -250,9 +253,9 @@ def draw(path):
     for ax, optimizer in zip(figure.subplots(1, 2, sharey=True), ("sgd", "muon")):
         for schedule, colour in (("one cycle", "tab:blue"), ("annihilated", "tab:green"),
                                  ("constant", "tab:red"), ("steps", "tab:orange")):
-            same = [row for row in rows if row["part"] == "schedules" and row["epochs"] == 24
-                    and row["arm"].get("optimizer") == optimizer
-                    and row["arm"].get("schedule", "one cycle") == schedule]
+            same = [row for row in rows if row["part"] in ON_TEST_SET and row["epochs"] == 24
+                    and row["arm"].get("optimizer", "muon") == optimizer
+                    and row["arm"]["schedule"] == schedule]
             for column, style in ((2, "-"), (1, ":")):
                 if same:
                     curves = np.array([[e[column] for e in row["history"]] for row in same])
