@@ -80,21 +80,25 @@ def loader(data, device, airbench):
         for _ in batches:
             pass
 
-    rows = {"this loader": times(lambda: exhaust(ours.epoch(0, next(epoch))), 15)}
-    rows["its table of random numbers"] = times(
+    ours_median = None
+
+    def row(name, work, repeat):
+        nonlocal ours_median
+        median, low, high = times(work, repeat)
+        ours_median = ours_median or median
+        print(f"{name:36}{1e3 * median:10.2f} ms ({1e3 * low:.2f}, {1e3 * high:.2f})"
+              f"{count / median:14,.0f} images/s{median / ours_median:10.2f} x", flush=True)
+
+    row("this loader", lambda: exhaust(ours.epoch(0, next(epoch))), 15)
+    row("its table of random numbers",
         lambda: draw_epoch(len(ours.train_images), 0, next(epoch), device), 15)
     if device.type == "cuda" and airbench:
         spec = importlib.util.spec_from_file_location("airbench", airbench)
         module = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(module)
         theirs = module.airbench_epoch(data.train_images.numpy(), data.train_labels.numpy())
-        theirs()
-        rows["airbench's CifarLoader"] = times(theirs, 15)
-    rows["torchvision's transforms, 2 workers"] = times(lambda: exhaust(torchvision_loader(data)), 1)
-    for name, (median, low, high) in rows.items():
-        print(f"{name:36}{1e3 * median:10.2f} ms ({1e3 * low:.2f}, {1e3 * high:.2f})"
-              f"{count / median:14,.0f} images/s{median / rows['this loader'][0]:10.1f} x",
-              flush=True)
+        row("airbench's CifarLoader", theirs, 15)
+    row("torchvision's transforms, 2 workers", lambda: exhaust(torchvision_loader(data)), 1)
 
 
 def transform_each(transform, images):

@@ -64,14 +64,19 @@ def arms_of(part):
 
 
 def best_rate(path, optimizer, schedule):
-    """The rate that was best on held-out images, by part `rates`; of the cycles, that in LR."""
+    """The rate that was best on held-out images, by part `rates`; else what suits SGD and a cycle.
+
+    For SGD the best constant rate was half of LRMAX, the best to decay from LRMAX itself.
+    """
     rows = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
     tried = {}
     for row in rows:
         if (row["part"], row["arm"].get("optimizer"), row["arm"].get("schedule")) == (
                 "rates", optimizer, schedule):
             tried.setdefault(row["lr"], []).append(max(row["raw"], row["averaged"]))
-    return max(tried, key=lambda lr: statistics.mean(tried[lr])) if tried else LR[optimizer]
+    if tried:
+        return max(tried, key=lambda lr: statistics.mean(tried[lr]))
+    return LR[optimizer] / 2 if schedule == "constant" else LR[optimizer]
 
 
 def rate(arm, step, total):
