@@ -84,14 +84,15 @@ class OneCycle:
 
 def plot(ax, total, peak):
     """The cycle in units of LRMAX, with and without annihilation, on a matplotlib axis."""
-    for lr_end, style, label in ((0, ":", "with annihilation"), (None, "-", "one cycle, as here")):
+    for label, style, lr_end in (("one cycle, as here", "-", None), ("with annihilation", ":", 0)):
         ax.plot([one_cycle(k, total, peak, 1, lr_end) for k in range(total)], style, label=label,
                 linewidth=2)
-    for step, words in ((0, "LRMIN"), (peak, "LRMAX"), (total - 1, "LRMIN")):
+    for step, words, offset in ((0, "LRMIN", (8, -4)), (peak, "LRMAX", (8, 2)),
+                                (total - 1, "LRMIN", (-66, 70))):
         lr = one_cycle(step, total, peak, 1)
         ax.plot(step, lr, "o", color="black", markersize=4)
-        ax.annotate(f"{words}, step {step}", (step, lr), (0, 8), textcoords="offset points",
-                    ha="right" if step == total - 1 else "left")
+        ax.annotate(f"{words}, step {step}", (step, lr), offset, textcoords="offset points",
+                    arrowprops={"arrowstyle": "-", "color": "grey"} if step == total - 1 else None)
     ax.set(xlabel="step (one batch)", ylabel="learning rate / LRMAX", ylim=(0, 1.15))
     ax.legend(loc="upper right", frameon=False)
 

@@ -256,9 +256,9 @@ def plot_curves(history, schedule, steps, path):
     for ax in (below, also_below):
         ax.plot([k / steps for k in range(len(rates))], rates, color="black")
         ax.axvline(rates.index(max(rates)) / steps, color="grey", linewidth=0.8)
-        ax.set(xlabel="epoch", ylabel="learning rate", ylim=(0, None))
+        ax.set(xlabel="epoch", ylabel="learning rate", ylim=(0, 1.5 * max(rates)))
     below.annotate(f"LRMAX {max(rates):.3g}", (rates.index(max(rates)) / steps, max(rates)),
-                   (12, -2), textcoords="offset points", va="center")
+                   (6, 2), textcoords="offset points")
     figure.savefig(path, dpi=100)
 
 
