@@ -326,14 +326,15 @@ def load_cifar10(folder):
 
 def load_npz(path):
     """train_images, train_labels, test_images and test_labels of an .npz."""
+    names = Dataset._fields[2:6]
     try:
         with np.load(path, allow_pickle=False) as archive:
-            arrays = [archive[name] for name in Dataset._fields[2:6]]
+            arrays = [archive[name] for name in names]
     except OSError as error:
         raise OSError(f"cannot read '{path}': {error.strerror or error}; see --data in -h")
     except Exception as error:         # a key that is missing, pickled objects, damage of any kind
-        raise ValueError(f"'{path}' is no .npz with the four arrays, or is damaged ({error}); see "
-                         f"--data in -h")
+        raise ValueError(f"'{path}' is no .npz with {', '.join(names)}, or is damaged; see --data "
+                         f"in -h") from error
     return make_dataset(Path(path).name, arrays)
 
 

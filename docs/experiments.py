@@ -34,7 +34,7 @@ from onecycle import one_cycle
 from train import AVERAGE_DECAY, PEAK, accuracy, make_step, measure_statistics, update_average
 
 RESULTS = Path(__file__).with_name("experiments.jsonl")
-ON_TEST_SET = "sgd", "muon", "long", "apart"
+ON_TEST_SET = "headline", "sgd", "muon", "long", "apart"      # headline: train.py --runs 10
 LR = {"muon": 0.1, "sgd": 0.2}           # about what the range test finds for each
 ARM = {"optimizer": "muon", "schedule": "one cycle", "lr": None, "ratio": 10, "epochs": 24,
        "smoothing": 0.0, "sharpness": 1.0, "decay": AVERAGE_DECAY, "momentum": None,
@@ -248,28 +248,31 @@ def draw(path):
         groups.setdefault(key, []).append(row)
     for (part, machine, width, images, arm), same in groups.items():
         print(f"| {part} | {arm} | {same[0]['lr']:.3g} | {mean_of(same, 'averaged')} | "
-              f"{mean_of(same, 'raw')} | {len(same)} | {machine}, width {width}, {images or 'all'} |")
+              f"{mean_of(same, 'raw')} | {len(same)} | {machine}, width {width}, "
+              f"{images or 'all'} images |")
         if "raw, measured" in same[0]:
             print("|", ", ".join(f"{name}: {mean_of(same, name)}" for name in
                                  ("raw, measured", "averaged, averaged statistics")), "|")
     os.environ["MPLBACKEND"] = "agg"
     from matplotlib.figure import Figure
-    figure = Figure(figsize=(9, 3.8), layout="constrained")
-    for ax, optimizer in zip(figure.subplots(1, 2, sharey=True), ("sgd", "muon")):
-        for schedule, colour in (("one cycle", "tab:blue"), ("annihilated", "tab:green"),
-                                 ("constant", "tab:red"), ("steps", "tab:orange")):
-            same = [row for row in rows if row["part"] in ON_TEST_SET and row["epochs"] == 24
-                    and row["arm"].get("optimizer", "muon") == optimizer
-                    and row["arm"]["schedule"] == schedule]
-            for column, style in ((2, "-"), (1, ":")):
-                if same:
-                    curves = np.array([[e[column] for e in row["history"]] for row in same])
-                    ax.plot(range(1, 25), 100 * curves.mean(0), style, color=colour,
-                            label=schedule if column == 2 else None)
-        ax.set(xlabel="epoch", ylim=(70, 97), title={"sgd": "SGD", "muon": "Muon"}[optimizer])
+    figure = Figure(figsize=(9, 3.8), layout="constrained", facecolor="white")
+    panels = figure.subplots(1, 2, sharey=True)
+    for ax, key, title in zip(panels, (2, 1), ("averaged weights", "raw weights")):
+        for optimizer in ("muon", "sgd"):
+            for schedule, colour in (("one cycle", "tab:blue"), ("annihilated", "tab:green"),
+                                     ("constant", "tab:red"), ("steps", "tab:orange")):
+                curves = [[100 * e[key] for e in row["history"]] for row in rows
+                          if row["part"] in ON_TEST_SET and row["epochs"] == 24
+                          and row["arm"]["schedule"] == schedule
+                          and row["arm"].get("optimizer", "muon") == optimizer]
+                if curves:
+                    ax.plot(range(1, 25), np.mean(curves, axis=0), color=colour,
+                            linestyle="-" if optimizer == "muon" else "--",
+                            label=f"{schedule}, {optimizer} (n = {len(curves)})")
         ax.axhline(90, color="grey", linewidth=0.8)
-        ax.legend(loc="lower right", title="averaged; dotted: raw")
-    figure.axes[0].set(ylabel="accuracy on the test set in %")
+        ax.set(xlabel="epoch", ylim=(60, 97), title=title)
+    panels[0].set(ylabel="accuracy on the test set in %")
+    panels[0].legend(loc="lower right")
     figure.savefig("experiment.png", dpi=100)
     print("wrote experiment.png")
 
