@@ -46,8 +46,9 @@ EVERY_EPOCH = 2**32 - 1                  # a stream of numbers that no epoch has
 def mix(z):
     """SplitMix64's bijection of 64-bit integers: every output bit depends on every input bit.
 
-    Steele, Lea, Flood, Fast Splittable Pseudorandom Number Generators, 2014. int64 to int64:
-    products wrap as they do without a sign, and the masks make >> shift in zeros.
+    Steele, Lea, Flood, Fast Splittable Pseudorandom Number Generators, 2014. int64 to int64, as
+    torch has few operations without a sign: products have the same 64 bits with it (so constants
+    from 2^63 on stand minus 2^64), and the masks make >> shift in zeros.
     """
     z = (z ^ ((z >> 30) & (2**34 - 1))) * (0xBF58476D1CE4E5B9 - 2**64)
     z = (z ^ ((z >> 27) & (2**37 - 1))) * (0x94D049BB133111EB - 2**64)
@@ -62,7 +63,7 @@ def random_numbers(count, seed, stream, device="cpu"):
     """
     start = mix(torch.tensor(seed << 32 | stream)).item()
     k = torch.arange(1, count + 1, device=device)
-    return mix(k * (GAMMA - 2**64) + start) & 2**63 - 1      # numbers 1 .. count of SplitMix64
+    return mix(k * (GAMMA - 2**64) + start) & (2**63 - 1)    # numbers 1 .. count of SplitMix64
 
 
 def draw_epoch(count, seed, epoch, device="cpu"):
@@ -132,14 +133,14 @@ if triton:
         index = tl.load(draws).to(tl.int64)
         top, left, flip = tl.load(draws + 1), tl.load(draws + 2), tl.load(draws + 3)
         cut_y, cut_x = tl.load(draws + 4), tl.load(draws + 5)
-        tl.assume((top >= 0) & (top <= 2 * PAD))   # so rows 4 .. 27 need no reflection
+        tl.assume((top >= 0) & (top <= 2 * PAD))   # tells the compiler: no reflection in the middle
         # The image is read once, as it lies, 16 bytes a thread. Crop and flip then pick from what
-        # was read: a gather in shared memory, where neighbours need not be neighbours to be fast.
-        # All is one vector, its last quarter masked, as lengths must be powers of two.
+        # was read: a gather in shared memory, which is fast in any order. All is one vector, its
+        # last quarter masked, as lengths must be powers of two.
         i = tl.arange(0, 4 * SIZE * SIZE)                             # (4096,)
         inside = i < 3 * SIZE * SIZE
         picture = tl.load(images + index * (SIZE * SIZE * 3) + i, mask=inside)
-        # Written are 32 rows of the first 32 lanes, then of the next 32, then of the last.
+        # Element i is a value of 32 rows of the first 32 lanes, then of the next, then of the last.
         row, lane = i // SIZE % SIZE, i // (SIZE * SIZE) * SIZE + i % SIZE
         column, channel = lane // 3, lane % 3
         y = tl.abs(row + top - PAD)                                   # reflect, as above
@@ -216,7 +217,7 @@ class Loader:
 
     def test(self):
         """Yield every test image once, as it is; the last batch may be short."""
-        size = 2500 if self.device.type == "cuda" else self.batch_size     # of the memory, not more
+        size = 2500 if self.device.type == "cuda" else self.batch_size     # a GPU likes them large
         draws = plain_draws(len(self.test_images), self.device)
         return self.batches(self.test_images, self.test_labels, draws, size)
 

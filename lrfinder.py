@@ -11,9 +11,9 @@ the accuracy):
             steepest  LRMAX   stop                   the loss runs away, or is not finite
 
     sweep    lr_k = lr_start * (lr_end / lr_start) ^ (k / (steps - 1)),    k = 0 .. steps - 1
-    LRMAX    the lr of the smoothed curve's first minimum, past half of the whole fall, that is
-             followed by a rise of more than RISE = 15 % of that fall (and than the noise); if noise
-             hides which point is the lowest, the last that may be. README.md has what others give
+    LRMAX    the lr of the smoothed curve's first minimum past half of the whole fall; first means:
+             before a rise of more than RISE = 15 % of that fall and of more than the noise. If
+             noise hides which point of a flat valley is the lowest, it is the last that may be
     LRMIN    LRMAX / 10 (Smith, arXiv 1803.09820, section 4.1: a tenth to a twentieth where there is
              a single cycle)
 
@@ -132,7 +132,8 @@ def range_test(model, optimizer, loss, batches, *, lr_start=LR_START, lr_end=LR_
 
     model: any nn.Module, optimizer: its own, loss(outputs, labels) -> scalar, batches: an iterable
     of (inputs, labels), begun again if it ends; all exactly as in the training run. shape:
-    "exponential" or "linear". autocast and scaler (a GradScaler) are for mixed precision.
+    "exponential" or "linear". autocast and scaler (a GradScaler) are for mixed precision. Tensors
+    of a batch are moved to the model's device.
 
     Point k is the loss of batch k *before* the step with lr_k, which is the rate of the parameter
     group with the largest; the others keep their ratio to it. A model in training mode keeps the
@@ -157,6 +158,7 @@ def range_test(model, optimizer, loss, batches, *, lr_start=LR_START, lr_end=LR_
         raise ValueError("LBFGS searches each step's length itself: it has no rate to test")
     scaler = copy.deepcopy(scaler) or torch.amp.GradScaler(enabled=False)   # or: changes nothing
     groups = optimizer.param_groups
+    device = groups[0]["params"][0].device
     largest = max(float(group["lr"]) for group in groups)
     shares = [float(group["lr"]) / largest if largest else 1.0 for group in groups]
     lrs, losses, ended = [], [], ""
@@ -174,8 +176,9 @@ def range_test(model, optimizer, loss, batches, *, lr_start=LR_START, lr_end=LR_
                     group["lr"].fill_(lr * share)
                 else:
                     group["lr"] = lr * share
+            inputs, labels = (v.to(device) if torch.is_tensor(v) else v for v in batch)
             with autocast():
-                value = loss(model(batch[0]), batch[1])
+                value = loss(model(inputs), labels)
             if not math.isfinite(raw := value.item()):
                 ended = "not finite"
                 break

@@ -1,4 +1,4 @@
-"""The network, and Muon, the optimizer whose fixed weights its batch normalisation allows.
+"""The network, and Muon, the optimizer that its batch normalisation allows.
 
 A residual network of eight convolutions:
 
@@ -25,7 +25,7 @@ import torch
 from torch import nn
 
 # What training and the range test must share, or the test would answer for another training.
-MOMENTUM = 0.6            # Nesterov; airbench94_muon's
+MOMENTUM = 0.6            # Nesterov; as in airbench94_muon
 WEIGHT_DECAY = 1e-3       # of all but the convolutions, whose length Muon keeps
 LOGIT_SCALE = 0.125       # see CustomResNet.forward
 
@@ -86,11 +86,12 @@ class CustomResNet(nn.Module):
 
 
 def orthogonal(matrix, dtype=torch.float32):
-    """About U V^T of a matrix U S V^T: (n, m) float32 to (n, m) of `dtype`, the arithmetic's.
+    """About U V^T of a matrix U S V^T, its singular value decomposition, without computing that.
 
-    Three steps of a Newton-Schulz iteration, which needs products only: as X X^T X = U S^3 V^T,
-    each takes every singular value s to a s + b s^3 + c s^5. With Jordan's a, b and c, those from
-    0.02 to 1 of the matrix's length end within 0.68 .. 1.21; smaller ones grow up to 41-fold.
+    (n, m) float32 to (n, m) of `dtype`, the arithmetic's. Three steps of a Newton-Schulz iteration:
+    as X X^T X = U S^3 V^T, products alone take every singular value s to a s + b s^3 + c s^5. With
+    Jordan's a, b and c, values from 0.02 to 1 of the matrix's length (Frobenius norm) end within
+    0.68 .. 1.21; smaller ones grow up to 41-fold.
     """
     x = (matrix / matrix.norm().clamp(min=1e-7)).to(dtype)        # now all s are 1 or less
     x = x.T if len(matrix) > matrix.shape[1] else x               # the smaller of X X^T and X^T X
@@ -104,12 +105,14 @@ def orthogonal(matrix, dtype=torch.float32):
 class Muon(torch.optim.SGD):
     """SGD with Nesterov momentum and weight decay, in which convolutions take this step instead:
 
-        v <- mu v + g,    w <- w sqrt(n) / |w| - lr orthogonal(g + mu v),    n channels out
+        v <- mu v + g                                              g the gradient, v its momentum
+        w <- w sqrt(n) / |w| - lr orthogonal(g + mu v)             n channels out
 
     Most of a gradient's length lies in the few directions in which the loss is steep; a step made
-    orthogonal goes about as far in the others too. Batch normalisation takes the length of w away,
-    so it is not decayed but fixed, at that of n orthonormal rows: lr is about the length of a step
-    as a share of the weights' (half of that for the first, whose 64 rows have 27 columns).
+    orthogonal goes about as far in the others too. Batch normalisation behind a convolution undoes
+    any change of its weights' length, so this is not decayed but fixed, at sqrt(n). So is that of n
+    orthonormal rows, the step's: lr is about the length of a step as a share of the weights'
+    (sqrt(27 / 64) of that for the first convolution, whose 64 rows have only 27 columns).
 
     Each convolution must have batch normalisation behind it. The other options are SGD's; lr may
     be a tensor, as a CUDA graph needs it, where fused=True.
@@ -132,7 +135,7 @@ class Muon(torch.optim.SGD):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        groups = self.param_groups
+        groups = self.param_groups                            # SGD's own step is to see the others
         for group in groups:
             if group.get("orthogonal"):
                 for w in group["params"]:
@@ -140,7 +143,7 @@ class Muon(torch.optim.SGD):
                         self.orthogonal_step(w, group)
         try:
             self.param_groups = [group for group in groups if not group.get("orthogonal")]
-            super().step()                                    # SGD's own, for all the others
+            super().step()
         finally:
             self.param_groups = groups
         return loss

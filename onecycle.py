@@ -1,7 +1,7 @@
 r"""The one-cycle policy: one rise and one fall of the learning rate, and nothing after it.
 
     LRMAX         /\                  step 0                LRMIN = LRMAX / 10
-                 /    \               step P                LRMAX         (P: end of epoch 5 of 24)
+                 /    \               step P                LRMAX         (P: after 5 of 24 epochs)
                 /        \            step T - 1, the last  LRMIN
     LRMIN      /            \
                0  P          T-1
@@ -43,7 +43,7 @@ def one_cycle(step, total, peak, lr_max, lr_end=None):
     lr_min = lr_max / LR_RATIO
     if step < peak:
         return lr_min + (lr_max - lr_min) * step / peak
-    if step == peak:                   # a rule of its own: either slope may have no steps at all
+    if step == peak:                   # by itself: at either end, one slope would divide by 0
         return lr_max
     lr_end = lr_min if lr_end is None else lr_end
     return lr_max - (lr_max - lr_end) * (step - peak) / (total - 1 - peak)
@@ -61,7 +61,7 @@ class OneCycle:
         self.arguments = total, peak, lr_max, lr_end
         rates = [float(group["lr"]) for group in self.groups]
         if not max(rates) > 0:
-            raise ValueError(f"the optimizer's learning rates {rates} have no ratio: give it one")
+            raise ValueError(f"the optimizer's learning rates are {rates}: give it others than 0")
         self.ratios = [rate / max(rates) for rate in rates]
 
     def at(self, step):

@@ -70,7 +70,7 @@ def train(data, settings, checkpoint, out):
           f"{schedule.at(total - 1):.3g} at the end; seed {seed}\nresults   {out}\n\n{HEADER}")
     for row in history:
         print(ROW.format(**row))
-    if not checkpoint:                                   # lest what the search found be lost
+    if not checkpoint:                                   # keeps what the search found
         save_run(out, settings, history, net, average, optimizer, scaler)
     step, saved = make_step(net, optimizer, scaler), time.time()
 
@@ -122,7 +122,7 @@ def make_step(net, optimizer, scaler, loss_function=nll_loss):
     # Where fp16 needs the scaler, every step asks the GPU whether it overflowed; no graph can.
     if device.type != "cuda" or scaler.is_enabled():
         return step
-    for group in optimizer.param_groups:       # a graph would keep a number, but reads a tensor
+    for group in optimizer.param_groups:       # a number would be frozen into the recording
         group["lr"] = torch.tensor(float(group["lr"]), device=device)
     return as_graph(step)
 
@@ -165,8 +165,9 @@ def update_average(average, net, step, decay=AVERAGE_DECAY):
 
 
 def measure_statistics(average, loader, seed, epoch):
-    """Give the averaged weights BatchNorm statistics: no batch has run through these weights yet.
+    """Measure BatchNorm's statistics under the averaged weights: no batch ran through them yet.
 
+    update_bn forgets what a network has, then averages over the batches that it is given.
     Izmailov et al., arXiv 1803.05407, run all training images through them; a tenth is enough.
     """
     sample = islice(loader.epoch(seed, epoch), math.ceil(SAMPLE / loader.batch_size))
@@ -190,7 +191,7 @@ def accuracy(net, batches, flip=False):
 
 
 def find_lr_max(net, optimizer, scaler, loader, seed, out):
-    """LRMAX by the range test on the training batches, or LR_MAX; net is as it was afterwards."""
+    """LRMAX by the range test on the training batches, or LR_MAX; net is left as it was."""
     start = time.time()
     batches = (batch for epoch in count() for batch in loader.epoch(seed, epoch))
     bar = tqdm(batches, "range test", lrfinder.STEPS, leave=False, disable=None)
