@@ -18,6 +18,7 @@ import statistics
 import sys
 import time
 import zipfile
+from functools import partial
 from itertools import count, islice
 from pathlib import Path
 
@@ -60,8 +61,11 @@ def train(data, settings, checkpoint, out):
     describe(data, loader)
 
     history = restore(checkpoint, net, average, optimizer, scaler) if checkpoint else []
+    save_state = partial(save_run, out, settings, history, net, average, optimizer, scaler)
+    save_state()                                         # --resume can go on from now on
     if settings["lr_max"] is None:
         settings["lr_max"] = find_lr_max(net, optimizer, scaler, loader, seed, out)
+        save_state()
     steps = len(loader)                                                     # an epoch
     total, peak = epochs * steps, min(round(epochs * steps * PEAK), epochs * steps - 1)
     schedule = OneCycle(optimizer, total, peak, settings["lr_max"])
@@ -70,8 +74,6 @@ def train(data, settings, checkpoint, out):
           f"{schedule.at(total - 1):.3g} at the end; seed {seed}\nresults   {out}\n\n{HEADER}")
     for row in history:
         print(ROW.format(**row))
-    if not checkpoint:                                   # keeps what the search found
-        save_run(out, settings, history, net, average, optimizer, scaler)
     step, saved = make_step(net, optimizer, scaler), time.time()
 
     for epoch in range(len(history), epochs):
@@ -98,7 +100,7 @@ def train(data, settings, checkpoint, out):
             "seconds": seconds, "speed": images / seconds})
         print(ROW.format(**history[-1]), flush=True)
         if epoch + 1 == epochs or time.time() - saved >= SAVE_EVERY:
-            save_run(out, settings, history, net, average, optimizer, scaler)
+            save_state()
             saved = time.time()
 
     finish(data, settings, schedule, history, average, loader, out)
@@ -376,9 +378,10 @@ def make_folder(out):
     """Claim the folder of a new run: `out`, or the first free one of runs/1, runs/2, ..."""
     if out is None:
         for k in count(1):
+            out = f"runs/{k}"
             try:
-                Path(f"runs/{k}").mkdir(parents=True)
-                return Path(f"runs/{k}")
+                Path(out).mkdir(parents=True)
+                break
             except FileExistsError:
                 pass
     out = Path(out)
@@ -404,6 +407,8 @@ def run(args, parser):
     given = [f"--{name.replace('_', '-')}" for name in own if getattr(args, name) is not None]
     if args.resume and given:
         parser.error(f"--resume takes the run's own settings: leave out {', '.join(given)}")
+    if (args.seed or 0) + (args.runs or 1) > 2**31:
+        parser.error(f"--runs {args.runs}: there are no {args.runs} seeds from --seed on")
     checkpoint = read_checkpoint(Path(args.resume)) if args.resume else None
     settings = checkpoint["settings"] if checkpoint else {
         "data": "auto", "data_dir": "data", "epochs": args.epochs, "batch_size": args.batch_size,
@@ -440,7 +445,8 @@ def run(args, parser):
 
 
 def main():
-    sys.stdout.reconfigure(errors="backslashreplace")    # a terminal may not know a letter
+    if hasattr(sys.stdout, "reconfigure"):               # a notebook's has not
+        sys.stdout.reconfigure(errors="backslashreplace")     # a terminal may not know a letter
     os.environ["MPLBACKEND"] = "agg"                     # a notebook's may be missing here
     parser = make_parser()
     args = parser.parse_args()
