@@ -225,7 +225,7 @@ def finish(data, settings, schedule, history, average, loader, out):
     last, flipped = history[-1], accuracy(average, loader.test(), flip=True)
     save(out / "model.pt", {
         "weights": average.state_dict(), "classes": data.classes, "width": data.width,
-        "mean": loader.mean, "inverse_std": loader.inverse_std, "settings": settings,
+        "mean": loader.mean.cpu(), "inverse_std": loader.inverse_std.cpu(), "settings": settings,
         "last_epoch": last})
     plot_curves(history, schedule, len(loader), out / "curves.png")
     plot_mistakes(data, average, loader, out / "mistakes.png")
