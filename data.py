@@ -1,4 +1,4 @@
-"""CIFAR-10 on the GPU as bytes, augmented by one kernel launch an epoch.
+"""CIFAR-10 on the GPU as bytes, an epoch of it augmented by one launch of a kernel.
 
 The training set is 50,000 x 32 x 32 x 3 bytes = 154 MB: it fits on any GPU, so it goes there once,
 as uint8, and never comes back. An epoch is then a table of random numbers, one row an image:
@@ -27,6 +27,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
+why_not = "switched off"
 try:
     import triton
     import triton.language as tl
@@ -201,6 +202,9 @@ class Loader:
         self.train_images, self.train_labels, self.test_images, self.test_labels = (
             tensor.to(device) for tensor in data[2:6])
         self.mean, self.inverse_std = (v.to(device) for v in normalisation(data.train_images))
+        if not 0 < batch_size <= len(data.train_images):
+            raise ValueError(f"batch_size {batch_size} must lie in 1 .. {len(data.train_images)}, "
+                             f"the number of training images")
         self.batch_size, self.dtype, self.device = batch_size, dtype, device
         self.augment = pick_augment(device, dtype)
 
@@ -275,9 +279,9 @@ def make_dataset(name, arrays, classes=None, **options):
         if labels.dtype.kind not in "iu" or labels.shape != (len(images),):
             raise ValueError(f"{name}: {split}_labels must be {len(images)} integers, not "
                              f"{labels.dtype} {labels.shape}")
-        if labels.min() < 0 or labels.max() >= len(arrays[0]):
+        if labels.min() < 0 or labels.max() >= 10_000:
             raise ValueError(f"{name}: {split}_labels reach from {labels.min()} to {labels.max()}: "
-                             f"number the classes 0, 1, 2, ...")
+                             f"number the classes 0, 1, 2, ..., 10,000 at most")
         tensors.append(torch.from_numpy(np.ascontiguousarray(images)))
         tensors.append(torch.from_numpy(labels.astype(np.int64)))
     count = max(tensors[1].max().item(), tensors[3].max().item()) + 1
@@ -380,7 +384,7 @@ def plot(data, images=5):
     mean, inverse_std = normalisation(data.train_images)
     values = augment(data.train_images, draws.flatten(0, 1), mean, inverse_std, torch.float32)
     values = values.permute(0, 2, 3, 1) / inverse_std + mean                   # 0 .. 255 again
-    pictures = list(values.byte().view(7, images, SIZE, SIZE, 3).numpy())
+    pictures = list(values.round().byte().view(7, images, SIZE, SIZE, 3).numpy())
     stored = data.train_images[:images].numpy()
     pictures.insert(1, np.pad(stored, ((0, 0), (PAD, PAD), (PAD, PAD), (0, 0)), "reflect"))
     titles = ["stored", "padded by 4", "cropped", "flipped", "cut out",

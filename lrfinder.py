@@ -26,8 +26,8 @@ train with LRMAX / 3 too**, and sweep from lr_start = 1e-5 to lr_end = 1. Of LRM
     2.30, the exception. Nothing simple in the curve tells these cases apart
 
 The steepest rate, which torch-lr-finder suggests, was 0.1 to 0.4 of LRMAX on MLP and conv net, and
-there as good as 1/3. On text, whose loss falls early and fast while a model only learns which
-letters are frequent, it was 0.003 to 0.02 of LRMAX, and far too low (transformer, AdamW 2.34).
+there about as good as 1/3. On text, whose loss falls early and fast while a model only learns which
+letters are frequent, it was 0.005 to 0.024 of LRMAX, and far too low (transformer, AdamW 2.34).
 
 All but `main` stands alone: it needs torch and numpy, and matplotlib to draw. Copy it.
 
@@ -45,6 +45,7 @@ import numpy as np
 import torch
 
 STEPS, LR_START, LR_END = 100, 0.001, 10.0
+LR_RATIO = 10             # LRMAX / LRMIN, as in onecycle.py
 FEWEST = 10               # points: their median is the starting loss; a curve needs as many
 WIDTH = 7                 # points to either side in the smoothing window, or n / 20 if more
 MEDIAN = 5                # points whose median is taken: two wild ones do not move it
@@ -279,7 +280,7 @@ def suggest(curve):
     best = max(j for j in range(best, k) if smoothed[j] <= smoothed[best] + NEAR * sigma)
     first = min(half, best)                               # before it, the curve is hardly smoothed
     slopes = np.gradient(smoothed, np.log(lrs))[first:best + 1]
-    return Suggestion(lrs[best] / 10, lrs[best], lrs[first + int(np.argmin(slopes))])
+    return Suggestion(lrs[best] / LR_RATIO, lrs[best], lrs[first + int(np.argmin(slopes))])
 
 
 def plot(curve, ax, suggestion=None):

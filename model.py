@@ -128,6 +128,8 @@ class Muon(torch.optim.SGD):
         groups = [{"params": convolutions, "orthogonal": True}, {"params": others}]
         super().__init__([group for group in groups if group["params"]], lr, momentum,
                          nesterov=True, weight_decay=weight_decay, **options)
+        # A GradScaler is to unscale and to skip by itself: only SGD's fused part could do it.
+        self._step_supports_amp_scaling = False
 
     @torch.no_grad()
     def step(self, closure=None):

@@ -668,7 +668,7 @@ BAD_FILES = {                                      # the .npz's changes, or its 
     "grey": {"test_images": np.zeros((48, 32, 32), np.uint8)},
     "no images": {"test_images": np.zeros((0, 32, 32, 3), np.uint8)},
     "too few labels": {"train_labels": LABELS[:-1]}, "half labels": {"train_labels": LABELS / 2},
-    "negative labels": {"train_labels": LABELS - 1}, "too large labels": {"test_labels": [64] * 48},
+    "negative labels": {"train_labels": LABELS - 1}, "too large labels": {"test_labels": [10_000] * 48},
     "pickled": {"train_labels": np.array([Bomb()] * 64)}, "nothing": None}
 
 
@@ -765,7 +765,8 @@ def test_step_rates(monkeypatch, scaled):
     monkeypatch.setattr(train, "as_graph", lambda step: "graph")
     monkeypatch.setattr(torch, "tensor", lambda value, device: (value, device))
     net = SimpleNamespace(parameters=lambda: iter([SimpleNamespace(device=CUDA)]))
-    optimizer = SimpleNamespace(param_groups=[{"lr": 0.1}, {"lr": 0.2}])
+    optimizer = SimpleNamespace(param_groups=[{"lr": 0.1}, {"lr": 0.2}],
+                                defaults={"fused": True})
     step = train.make_step(net, optimizer, SimpleNamespace(is_enabled=lambda: scaled))
     rates = [group["lr"] for group in optimizer.param_groups]
     assert (step == "graph") != scaled

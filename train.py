@@ -62,7 +62,8 @@ def train(data, settings, checkpoint, out):
 
     history = restore(checkpoint, net, average, optimizer, scaler) if checkpoint else []
     save_state = partial(save_run, out, settings, history, net, average, optimizer, scaler)
-    save_state()                                         # --resume can go on from now on
+    if not checkpoint:
+        save_state()                                     # --resume can go on from now on
     if settings["lr_max"] is None:
         settings["lr_max"] = find_lr_max(net, optimizer, scaler, loader, seed, out)
         save_state()
@@ -121,8 +122,10 @@ def make_step(net, optimizer, scaler, loss_function=nll_loss):
         scaler.update()
         return loss.detach(), (log_probabilities.argmax(1) == labels).sum()
 
-    # Where fp16 needs the scaler, every step asks the GPU whether it overflowed; no graph can.
-    if device.type != "cuda" or scaler.is_enabled():
+    # A graph cannot stop to ask: not whether fp16 overflowed, as the scaler must after each step,
+    # nor for the learning rate, as torch's optimizers do unless they are fused or capturable.
+    asks = not (optimizer.defaults.get("fused") or optimizer.defaults.get("capturable"))
+    if device.type != "cuda" or scaler.is_enabled() or asks:
         return step
     for group in optimizer.param_groups:       # a number would be frozen into the recording
         group["lr"] = torch.tensor(float(group["lr"]), device=device)
@@ -206,7 +209,7 @@ def find_lr_max(net, optimizer, scaler, loader, seed, out):
     return found.lr_max if found else LR_MAX
 
 
-# ----------------------------------------------------------------- what a run prints and leaves
+# ------------------------- what a run prints and leaves; who came for the loop may stop here
 
 def describe(data, loader):
     """Print on what, and with what, is trained."""
@@ -333,13 +336,15 @@ def read_checkpoint(folder):
 
 def restore(checkpoint, net, average, optimizer, scaler):
     """Load a checkpoint into the parts of a run; return its history."""
+    fresh = [float(group["lr"]) for group in optimizer.param_groups]
     net.load_state_dict(checkpoint["net"])
     average.load_state_dict(checkpoint["average"])
     optimizer.load_state_dict(checkpoint["optimizer"])
     if checkpoint["scaler"]:                             # empty where it does nothing
         scaler.load_state_dict(checkpoint["scaler"])
-    for group in optimizer.param_groups:                 # the run may come from another device
-        group["fused"], group["lr"] = optimizer.defaults["fused"], float(group["lr"])
+    # The schedule sets the rates, and reads their ratio; the run may come from another device.
+    for group, lr in zip(optimizer.param_groups, fresh):
+        group["lr"], group["fused"] = lr, optimizer.defaults["fused"]
     return checkpoint["history"]
 
 
@@ -403,8 +408,8 @@ def reuse_freed_memory():
 
 def run(args, parser):
     """What the command line asks for: one run, a resumed one, or --runs of them."""
-    own = ("epochs", "batch_size", "lr_max", "seed", "runs", "out")
-    given = [f"--{name.replace('_', '-')}" for name in own if getattr(args, name) is not None]
+    fixed = ("epochs", "batch_size", "lr_max", "seed", "runs", "out")
+    given = [f"--{name.replace('_', '-')}" for name in fixed if getattr(args, name) is not None]
     if args.resume and given:
         parser.error(f"--resume takes the run's own settings: leave out {', '.join(given)}")
     if (args.seed or 0) + (args.runs or 1) > 2**31:
@@ -436,8 +441,8 @@ def run(args, parser):
         return train(data, settings, None, out)
     results = []
     for seed in range(settings["seed"], settings["seed"] + args.runs):
-        own = {**settings, "seed": seed}
-        results.append(train(data, own, None, make_folder(out / f"seed{seed}")))
+        folder = make_folder(out / f"seed{seed}")
+        results.append(train(data, {**settings, "seed": seed}, None, folder))
     if args.runs > 1:
         print(f"\n{args.runs} runs: {statistics.mean(results):.2%} +- "
               f"{statistics.stdev(results):.2%} (min {min(results):.2%}, max {max(results):.2%}), "

@@ -106,7 +106,7 @@ def transform_each(transform, images):
 
 
 def torchvision_loader(data):
-    """The same augmentation an image at a time, as torchvision's users do it."""
+    """A like augmentation, an image at a time, as torchvision's users do it."""
     from torch.utils.data import DataLoader
     from torchvision.transforms import v2
     mean, inverse_std = normalisation(data.train_images)

@@ -1,13 +1,14 @@
 """The experiments behind the README's claims: every arm is one line, every result one line more.
 
     python -m docs.experiments PART ... [--seconds S] [--together G] [--compile] [--width W]
+    python -m docs.experiments collect RUNS     adds what `train.py --runs N --out RUNS` left
     python -m docs.experiments draw             tables and experiment.png from experiments.jsonl
 
 Parts, each on CIFAR-10, trained on 40,000 images with 10,000 held out, unless *test set* stands:
 
     sgd, muon   one cycle, annihilated, constant rate, step decay (test set)
     long        step decay in 120 epochs (test set)
-    rates       three rates for constant and step decay, of which those take the best
+    rates       four rates for constant and step decay, of which those take the best
     apart       raw and averaged weights x running and measured statistics (test set)
     range       LRMAX x 1/4 .. 4, and LRMIN = LRMAX / 3 and / 30
     recipe      one constant changed at a time
@@ -51,7 +52,7 @@ def arms_of(part):
     if part == "rates":
         return [{"optimizer": o, "schedule": s, "lr": LR[o] * f} for o in ("muon", "sgd")
                 for s in ("constant", "steps")
-                for f in ((1 / 4, 1 / 2, 1) if s == "constant" else (1 / 2, 1, 2))]
+                for f in ((1 / 8, 1 / 4, 1 / 2, 1) if s == "constant" else (1 / 4, 1 / 2, 1, 2))]
     if part == "apart":
         return [{"schedule": s, "apart": True} for s in ("one cycle", "annihilated")]
     if part == "range":
@@ -63,7 +64,7 @@ def arms_of(part):
     raise SystemExit(f"there is no part {part}: see -h")
 
 
-def best_rate(path, optimizer, schedule):
+def best_rate(path, optimizer, schedule, width):
     """The rate that was best on held-out images, by part `rates`; else what suits SGD and a cycle.
 
     For SGD the best constant rate was half of LRMAX, the best to decay from LRMAX itself.
@@ -71,8 +72,8 @@ def best_rate(path, optimizer, schedule):
     rows = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
     tried = {}
     for row in rows:
-        if (row["part"], row["arm"].get("optimizer"), row["arm"].get("schedule")) == (
-                "rates", optimizer, schedule):
+        if (row["part"], row["arm"].get("optimizer"), row["arm"].get("schedule"),
+                row["width"]) == ("rates", optimizer, schedule, width):
             tried.setdefault(row["lr"], []).append(max(row["raw"], row["averaged"]))
     if tried:
         return max(tried, key=lambda lr: statistics.mean(tried[lr]))
@@ -114,9 +115,10 @@ def epoch_of(loader, seed, epoch, flip):
 
 
 def training(loader, arm, seed, width, compiled):
-    """A run as a generator, which stops after each step and returns what it reached.
+    """A run as a generator, which stops after each step and returns what it reached, by name.
 
-    That is a list of (epoch, raw, averaged accuracy), and with `apart` four accuracies at the end.
+    `history` is a list of (epoch, raw, averaged accuracy); the other values are accuracies at the
+    end, with `apart` two more.
     """
     device = loader.device
     classes = int(loader.train_labels.max()) + 1
@@ -145,7 +147,8 @@ def training(loader, arm, seed, width, compiled):
                 for mine, b in zip(buffers, now):
                     mine.lerp_(b, 1 - min(arm["decay"], (1 + k) / (10 + k)))
             yield
-        if epochs - epoch <= 1 or epochs == 24 or epoch % 4 == 3:
+        measured = epochs <= 24 or epoch % 4 == 3 or epoch == epochs - 1
+        if measured:
             measure_statistics(average, loader, seed, epoch)
             raw.load_state_dict(net.state_dict())
             history.append((epoch + 1, accuracy(raw, loader.test()),
@@ -193,6 +196,8 @@ def main():
     args = parser.parse_args()
     if args.parts == ["draw"]:
         return draw(args.out)
+    if args.parts[:1] == ["collect"]:
+        return collect(args.parts[1], args.out)
     start = time.time()
     device = pick_device()
     everything = load(args.data, args.data_dir)
@@ -212,12 +217,14 @@ def main():
         for part in args.parts:
             for changes in arms_of(part):
                 arm = {**ARM, **changes}
-                arm["lr"] = arm["lr"] or best_rate(args.out, arm["optimizer"], arm["schedule"])
                 arm["epochs"] = args.epochs or arm["epochs"]
                 todo.append((part, arm, changes, seed))
     while todo and time.time() - start < args.seconds:
         group, todo = todo[:args.together], todo[args.together:]
         began = time.time()
+        for part, arm, changes, seed in group:
+            arm["lr"] = arm["lr"] or best_rate(args.out, arm["optimizer"], arm["schedule"],
+                                               args.width)
         runs = [training(loaders["test" if part in ON_TEST_SET else "held out"], arm, seed,
                          args.width, args.compile) for part, arm, changes, seed in group]
         for k, result in side_by_side(runs):
@@ -237,6 +244,20 @@ def mean_of(rows, key):
     values = [100 * row[key] for row in rows]
     spread = f" ± {statistics.stdev(values):.2f}" if len(values) > 1 else ""
     return f"{statistics.mean(values):.2f}{spread}"
+
+
+def collect(folder, path):
+    """Append the runs below `folder`, each with its history.json, as part `headline`."""
+    with path.open("a") as file:
+        for source in sorted(Path(folder).glob("seed*/history.json")):
+            run = json.loads(source.read_text())
+            history = [(row["epoch"], row["raw"], row["averaged"]) for row in run["history"]]
+            file.write(json.dumps({
+                "part": "headline", "arm": {"optimizer": "muon", "schedule": "one cycle"},
+                "lr": run["lr_max"], "epochs": run["epochs"], "seed": run["seed"], "width": 64,
+                "machine": torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU",
+                "images": None, "history": history, "raw": history[-1][1],
+                "averaged": history[-1][2]}) + "\n")
 
 
 def draw(path):
@@ -262,7 +283,7 @@ def draw(path):
             for schedule, colour in (("one cycle", "tab:blue"), ("annihilated", "tab:green"),
                                      ("constant", "tab:red"), ("steps", "tab:orange")):
                 curves = [[100 * e[key] for e in row["history"]] for row in rows
-                          if row["part"] in ON_TEST_SET and row["epochs"] == 24
+                          if row["part"] in ("headline", optimizer) and row["epochs"] == 24
                           and row["arm"]["schedule"] == schedule
                           and row["arm"].get("optimizer", "muon") == optimizer]
                 if curves:

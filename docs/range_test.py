@@ -18,7 +18,7 @@ from torch import nn
 
 from lrfinder import range_test, suggest
 
-STEPS, BATCH, LENGTH, LETTERS = 300, 32, 32, 128          # LENGTH: letters in a piece of text
+TRAIN_STEPS, BATCH, LENGTH, LETTERS = 300, 32, 32, 128    # LENGTH: letters in a piece of text
 
 
 class Transformer(nn.Module):
@@ -99,8 +99,8 @@ def batches(x, y):
 
 def train(model, optimizer, x, y, lr_max):
     """One cycle: evenly from LRMAX / 10 up to LRMAX in a fifth of the steps, and down again."""
-    for step, (inputs, labels) in zip(range(STEPS), batches(x, y)):
-        share = min(step / (0.2 * STEPS), (STEPS - step) / (0.8 * STEPS))
+    for step, (inputs, labels) in zip(range(TRAIN_STEPS), batches(x, y)):
+        share = min(step / (0.2 * TRAIN_STEPS), (TRAIN_STEPS - step) / (0.8 * TRAIN_STEPS))
         optimizer.param_groups[0]["lr"] = lr_max * (0.1 + 0.9 * share)
         optimizer.zero_grad()
         F.cross_entropy(model(inputs), labels).backward()
