@@ -225,6 +225,7 @@ def give_gradients(net, seed, sign=1):
         w.grad = torch.empty_like(w).copy_(sign * torch.randn(w.shape, generator=generator))
 
 
+@pytest.mark.skipif(not hasattr(torch.optim, "Muon"), reason="torch has Muon since 2.9")
 def test_muon_is_torchs(monkeypatch):
     """And what is no convolution steps as torch's SGD with Nesterov's momentum, bit for bit.
 
