@@ -340,9 +340,13 @@ def main():
     import argparse
     import itertools
 
-    from data import Loader, load
-    from model import (autocast, make_model, make_optimizer, make_scaler, pick_device,
-                       precision)
+    try:
+        from data import Loader, load
+        from model import (autocast, make_model, make_optimizer, make_scaler, pick_device,
+                           precision)
+    except ModuleNotFoundError as error:
+        sys.exit(f"{error}: this command tests data.py's images and model.py's network; for your "
+                 f"own model import range_test and report, which need neither")
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--data", default="auto", help="as for train.py (auto)")
     parser.add_argument("--data-dir", default="data", help="as for train.py (data)")
