@@ -134,14 +134,14 @@ if triton:
         index = tl.load(draws).to(tl.int64)
         top, left, flip = tl.load(draws + 1), tl.load(draws + 2), tl.load(draws + 3)
         cut_y, cut_x = tl.load(draws + 4), tl.load(draws + 5)
-        tl.assume((top >= 0) & (top <= 2 * PAD))   # tells the compiler: no reflection in the middle
+        tl.assume((top >= 0) & (top <= 2 * PAD))   # so the compiler sees: rows 4 .. 27 stay inside
         # The image is read once, as it lies, 16 bytes a thread. Crop and flip then pick from what
         # was read: a gather in shared memory, which is fast in any order. All is one vector, its
         # last quarter masked, as lengths must be powers of two.
         i = tl.arange(0, 4 * SIZE * SIZE)                             # (4096,)
         inside = i < 3 * SIZE * SIZE
         picture = tl.load(images + index * (SIZE * SIZE * 3) + i, mask=inside)
-        # Element i is a value of 32 rows of the first 32 lanes, then of the next, then of the last.
+        # i counts lanes 0 .. 31 of row 0, of row 1, .. of row 31, then lanes 32 .. 63, then the rest.
         row, lane = i // SIZE % SIZE, i // (SIZE * SIZE) * SIZE + i % SIZE
         column, channel = lane // 3, lane % 3
         y = tl.abs(row + top - PAD)                                   # reflect, as above
@@ -266,7 +266,7 @@ class Dataset(NamedTuple):
 def make_dataset(name, arrays, classes=None, **options):
     """A Dataset of four arrays, train and test, each images and labels; ValueError says what else.
 
-    Labels may also be (N, 1). Without `classes` they are named 0, 1, ... up to the largest.
+    Labels may also be (N, 1). Without `classes`, their names, they are 0, 1, ... up to the largest.
     """
     tensors = []
     for split, images, labels in (("train", *arrays[:2]), ("test", *arrays[2:])):
@@ -285,7 +285,10 @@ def make_dataset(name, arrays, classes=None, **options):
         tensors.append(torch.from_numpy(np.ascontiguousarray(images)))
         tensors.append(torch.from_numpy(labels.astype(np.int64)))
     count = max(tensors[1].max().item(), tensors[3].max().item()) + 1
-    return Dataset(name, classes or [str(k) for k in range(count)], *tensors, **options)
+    classes = classes or [str(k) for k in range(count)]
+    if len(classes) < count:
+        raise ValueError(f"{name}: there are {len(classes)} classes, but labels up to {count - 1}")
+    return Dataset(name, classes, *tensors, **options)
 
 
 def load(source="auto", data_dir="data"):
@@ -330,17 +333,18 @@ def load_cifar10(folder):
 
 
 def load_npz(path):
-    """train_images, train_labels, test_images and test_labels of an .npz."""
+    """train_images, train_labels, test_images, test_labels and, if there, classes of an .npz."""
     names = Dataset._fields[2:6]
     try:
         with np.load(path, allow_pickle=False) as archive:
             arrays = [archive[name] for name in names]
+            classes = archive["classes"].tolist() if "classes" in archive else None
     except OSError as error:
         raise OSError(f"cannot read '{path}': {error.strerror or error}; see --data in -h")
     except Exception as error:         # a key that is missing, pickled objects, damage of any kind
         raise ValueError(f"'{path}' is no .npz with {', '.join(names)}, or is damaged; see --data "
                          f"in -h") from error
-    return make_dataset(Path(path).name, arrays)
+    return make_dataset(Path(path).name, arrays, classes)
 
 
 def synthetic(train=2560, test=1000):

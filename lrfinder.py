@@ -5,10 +5,10 @@ and look at the loss (after Smith, arXiv 1506.01186, section 3.3; he raises it e
 the accuracy):
 
     loss ------.                           steepest  the loss falls fastest per factor in the rate
-                \            .'            LRMAX     the end of the descent: the lowest point
-                 \     /\  .'                        before the first marked rise
-                  `---'  `-'               stop      half of what was gained is lost again, or
-            steepest  LRMAX   stop                   the loss runs away, or is not finite
+                \               /          LRMAX     the end of the descent: the lowest point
+                 \             /                     before the first marked rise
+                  `-.       _.'            stop      half of what was gained is lost again, or
+             steepest `----' LRMAX  stop             the loss runs away, or is not finite
 
     sweep    lr_k = lr_start * (lr_end / lr_start) ^ (k / (steps - 1)),    k = 0 .. steps - 1
     LRMAX    the lr of the smoothed curve's first minimum past half of the whole fall; first means:
@@ -17,17 +17,11 @@ the accuracy):
     LRMIN    LRMAX / 10 (Smith, arXiv 1803.09820, section 4.1: a tenth to a twentieth where there is
              a single cycle)
 
-LRMAX is where training just holds: an upper limit. `python -m docs.range_test` trains four small
-models without batch normalisation, each by SGD and by AdamW. Of 3, 1, 1/3 and 1/10 of LRMAX, 1/3
-was the best or within 0.03 of the best held-out loss in 7 of 8 cases, 1 in 2 of 8. **With Adam,
-train with LRMAX / 3 too**, and sweep from lr_start = 1e-5 to lr_end = 1. Of LRMAX, 1/3 and 1/10:
-
-    transformer, AdamW 1.95, 1.82, 2.00; LSTM, AdamW 1.68, 1.69, 1.88; transformer, SGD 1.89, 2.10,
-    2.30, the exception. Nothing simple in the curve tells these cases apart
-
-The steepest rate, which torch-lr-finder suggests, was 0.1 to 0.4 of LRMAX on MLP and conv net, and
-there about as good as 1/3. On text, whose loss falls early and fast while a model only learns which
-letters are frequent, it was 0.005 to 0.024 of LRMAX, and far too low (transformer, AdamW 2.34).
+LRMAX is where training just holds: an upper limit. On small models without batch normalisation a
+third of it was as good or better in seven cases of eight (docs/measurements.md). So for such a
+model, and for Adam, train with LRMAX / 3 as well; and for Adam sweep from 1e-5 to 1. The steepest
+rate, which other finders suggest, is about as good as a third on an MLP or a conv net. On text,
+whose loss first falls while a model only learns which letters are frequent, it is far too low.
 
 All but `main` stands alone: it needs torch and numpy, and matplotlib to draw. Copy it.
 

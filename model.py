@@ -110,9 +110,9 @@ class Muon(torch.optim.SGD):
 
     Most of a gradient's length lies in the few directions in which the loss is steep; a step made
     orthogonal goes about as far in the others too. Batch normalisation behind a convolution undoes
-    any change of its weights' length, so this is not decayed but fixed, at sqrt(n). So is that of n
-    orthonormal rows, the step's: lr is about the length of a step as a share of the weights'
-    (sqrt(27 / 64) of that for the first convolution, whose 64 rows have only 27 columns).
+    any change of its weights' length, so this is not decayed but fixed, at sqrt(n). n orthonormal
+    rows have the same length, so a step is about lr times as long as the weights (for the first
+    convolution, whose 64 rows have only 27 columns, sqrt(27 / 64) of that).
 
     Each convolution must have batch normalisation behind it. The other options are SGD's; lr may
     be a tensor, as a CUDA graph needs it, where fused=True.
@@ -128,7 +128,8 @@ class Muon(torch.optim.SGD):
         groups = [{"params": convolutions, "orthogonal": True}, {"params": others}]
         super().__init__([group for group in groups if group["params"]], lr, momentum,
                          nesterov=True, weight_decay=weight_decay, **options)
-        # A GradScaler is to unscale and to skip by itself: only SGD's fused part could do it.
+        # Fused SGD tells a GradScaler to leave unscaling and skipping to it. orthogonal_step does
+        # neither, so that the scaler must.
         self._step_supports_amp_scaling = False
 
     @torch.no_grad()

@@ -34,7 +34,7 @@ from onecycle import OneCycle
 
 # The recipe: an experiment is one edited line. What the range test shares stands atop model.py;
 # batch size, epochs and width belong to the data, and their defaults to `Dataset` in data.py.
-PEAK = 5 / 24             # of the epochs are over when the learning rate is LRMAX
+PEAK = 5 / 24             # the share of the run after which the learning rate is LRMAX
 LR_MAX = 0.1              # where the range test finds nothing: about what it finds on CIFAR-10
 AVERAGE_DECAY = 0.99      # d: an average over about the last 100 steps, one epoch
 SAMPLE = 5120             # training images that give the average its BatchNorm statistics
@@ -249,22 +249,23 @@ def new_figure(width, height):
 def plot_curves(history, schedule, steps, path):
     """Accuracy and loss against the epoch, with the learning rate underneath."""
     epochs = [row["epoch"] for row in history]
-    figure = new_figure(9, 4.6)
-    (left, right), (below, also_below) = figure.subplots(2, 2, height_ratios=(3, 1), sharex=True)
-    for key, style in (("averaged", "-"), ("raw", "--"), ("train", ":")):
-        left.plot(epochs, [100 * row[key] for row in history], style, label=key)
-    left.axhline(90, color="grey", linewidth=0.8)
-    left.set(ylabel="accuracy in %", title="test set: averaged, raw; train: augmented")
-    left.legend(loc="lower right")
-    right.plot(epochs, [row["loss"] for row in history], color="tab:red")
-    right.set(ylabel="loss", title="training loss", ylim=(0, None))
     rates = [schedule.at(k) for k in range(len(history) * steps)]
-    for ax in (below, also_below):
-        ax.plot([k / steps for k in range(len(rates))], rates, color="black")
-        ax.axvline(rates.index(max(rates)) / steps, color="grey", linewidth=0.8)
-        ax.set(xlabel="epoch", ylabel="learning rate", ylim=(0, 1.5 * max(rates)))
-    below.annotate(f"LRMAX {max(rates):.3g}", (rates.index(max(rates)) / steps, max(rates)),
-                   (6, 2), textcoords="offset points")
+    figure = new_figure(8, 6)
+    top, middle, below = figure.subplots(3, 1, height_ratios=(3, 1, 1), sharex=True)
+    for key, style in (("averaged", "-"), ("raw", "--"), ("train", ":")):
+        top.plot(epochs, [100 * row[key] for row in history], style, label=key)
+    top.axhline(90, color="grey", linewidth=0.8)
+    top.set(ylabel="accuracy in %", title="test set: averaged and raw weights; train: augmented")
+    top.legend(loc="lower right")
+    middle.plot(epochs, [row["loss"] for row in history], color="tab:red")
+    middle.set(ylabel="training loss", ylim=(0, None))
+    below.plot([k / steps for k in range(len(rates))], rates, color="black")
+    below.set(xlabel="epoch", ylabel="learning rate", ylim=(0, 1.5 * max(rates)))
+    peak = rates.index(max(rates)) / steps
+    below.annotate(f"LRMAX {max(rates):.3g}", (peak, max(rates)), (6, 2),
+                   textcoords="offset points")
+    for ax in (top, middle, below):
+        ax.axvline(peak, color="grey", linewidth=0.8)
     figure.savefig(path, dpi=100)
 
 

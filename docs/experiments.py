@@ -277,8 +277,8 @@ def draw(path):
     os.environ["MPLBACKEND"] = "agg"
     from matplotlib.figure import Figure
     figure = Figure(figsize=(9, 3.8), layout="constrained", facecolor="white")
-    panels = figure.subplots(1, 2, sharey=True)
-    for ax, key, title in zip(panels, (2, 1), ("averaged weights", "raw weights")):
+    panels = figure.subplots(1, 2)
+    for ax, key, title, low in zip(panels, (2, 1), ("averaged weights", "raw weights"), (86, 66)):
         for optimizer in ("muon", "sgd"):
             for schedule, colour in (("one cycle", "tab:blue"), ("annihilated", "tab:green"),
                                      ("constant", "tab:red"), ("steps", "tab:orange")):
@@ -291,7 +291,7 @@ def draw(path):
                             linestyle="-" if optimizer == "muon" else "--",
                             label=f"{schedule}, {optimizer} (n = {len(curves)})")
         ax.axhline(90, color="grey", linewidth=0.8)
-        ax.set(xlabel="epoch", ylim=(60, 97), title=title)
+        ax.set(xlabel="epoch", ylim=(low, 96), title=title)
     panels[0].set(ylabel="accuracy on the test set in %")
     panels[0].legend(loc="lower right")
     figure.savefig("experiment.png", dpi=100)
