@@ -141,7 +141,7 @@ if triton:
         i = tl.arange(0, 4 * SIZE * SIZE)                             # (4096,)
         inside = i < 3 * SIZE * SIZE
         picture = tl.load(images + index * (SIZE * SIZE * 3) + i, mask=inside)
-        # i counts lanes 0 .. 31 of row 0, of row 1, .. of row 31, then lanes 32 .. 63, then the rest.
+        # i counts lanes 0 .. 31 of rows 0, 1, ..., 31; then lanes 32 .. 63; then the rest.
         row, lane = i // SIZE % SIZE, i // (SIZE * SIZE) * SIZE + i % SIZE
         column, channel = lane // 3, lane % 3
         y = tl.abs(row + top - PAD)                                   # reflect, as above
