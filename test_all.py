@@ -33,6 +33,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import torchvision.transforms.v2.functional as T
+from matplotlib.figure import Figure
 from torch import nn
 from torch.utils._pytree import tree_map
 from torchvision.datasets import CIFAR10
@@ -193,6 +194,12 @@ def test_precision(monkeypatch, device, native, dtype):
 
 # ------------------------------------------------------------------------------------------- Muon
 
+def test_model_recipe():
+    """Nesterov momentum 0.6 and a decay of 1e-3, in every group."""
+    for group in model.make_optimizer(model.make_model(CPU, width=8)).param_groups:
+        assert (group["momentum"], group["weight_decay"], group["nesterov"]) == (0.6, 1e-3, True)
+
+
 def orthogonal_by_svd(matrix):
     """What three iterations do to singular values that are shares of the matrix's length."""
     u, s, v = torch.linalg.svd(matrix, full_matrices=False)
@@ -326,6 +333,15 @@ def test_schedule_groups():
         lrs = [group["lr"] for group in optimizer.param_groups]
         assert lrs[1] is rates[1] and lrs[1].item() == pytest.approx(expected)
         assert (lrs[0], lrs[2]) == (expected / 2, expected / 4)
+
+
+def test_schedule_picture():
+    """The points that it names lie on the curve."""
+    ax = Figure().subplots()
+    onecycle.plot(ax, 2328, 485)
+    curve = ax.lines[0].get_ydata()
+    points = [tuple(line.get_xydata()[0]) for line in ax.lines[2:]]
+    assert points == [(k, curve[k]) for k in (0, 485, 2327)]
 
 
 # --------------------------------------------------------------------------------- random numbers
@@ -589,6 +605,8 @@ def test_shapes():
     assert with_bytes([*shapes]) == with_bytes([*data.synthetic()]) and not shapes.real
     assert shapes.train_images.shape == (2560, 32, 32, 3) and len(shapes.classes) == 10
     assert shapes.test_labels.bincount().tolist() == [100] * 10
+    corner = shapes.train_images[:, 0, :6].float()                       # noise alone
+    assert corner.diff(dim=1).std().item() / 2**0.5 == pytest.approx(30, rel=0.1)
 
 
 @each("main, words, picture", [(onecycle.main, "485: 1.00", "schedule.png"),
@@ -601,6 +619,16 @@ def test_mains(tmp_path, monkeypatch, main, words, picture):
     monkeypatch.setattr(data.Dataset.__new__, "__defaults__", (64, 8, 1, True))
     assert words in " ".join(succeed(main=main).split())
     assert Path(picture).stat().st_size > 5000
+
+
+def test_augmented_picture():
+    """Padded around the stored image, cropped one row down and eight to the right, flipped."""
+    own = data.make_dataset("own", [*ARRAYS.values()])
+    axes = data.plot(own, 2).axes[::2]                                   # of the first image
+    stored, padded, cropped, flipped = (np.asarray(ax.images[0].get_array()) for ax in axes[:4])
+    assert np.array_equal(stored, own.train_images[0])
+    assert np.array_equal(padded[4:36, 4:36], stored)
+    assert np.array_equal(cropped, padded[1:33, 8:40]) and np.array_equal(flipped, cropped[:, ::-1])
 
 
 # ------------------------------------------------------------------------- a step, and an epoch
@@ -886,6 +914,33 @@ def test_resume_after_exception(folder, monkeypatch, error, status, word):
     assert calls == [*range(7), *range(4, 12)] and outcome(out) == outcome(folder / "whole")
 
 
+def test_checkpoint_intervals(folder, monkeypatch):
+    """SAVE_EVERY counts from the last save: by a clock of a second a look, after epochs 2 and 3."""
+    clock, saved = itertools.count(), []
+    monkeypatch.setattr(train, "time", SimpleNamespace(time=lambda: next(clock)))
+    monkeypatch.setattr(train, "SAVE_EVERY", 5)
+    monkeypatch.setattr(train, "save_run", lambda out, settings, history, *_: saved.append(
+        len(history)))
+    succeed(*options(folder), "--out", folder / "intervals")
+    assert saved == [0, 2, 3]
+
+
+def test_mistakes(folder, tmp_path, monkeypatch):
+    """Five images that are 2 where the network says 1: the surest first; bars are shares right."""
+    own, net, figure = data.load_npz(folder / "own.npz"), nn.Module(), Figure()
+    own = own._replace(test_labels=torch.tensor([1] * 43 + [2] * 5))
+    one = torch.eye(10)[1]
+    net.forward = lambda x: (one * (2 + x.mean((1, 2, 3)))[:, None]).log_softmax(1)
+    monkeypatch.setattr(train, "new_figure", lambda *size: figure)
+    loader = data.Loader(own, 16, torch.float32, CPU)
+    train.plot_mistakes(own, net, loader, tmp_path / "mistakes.png")
+    (*axes,), (bars,) = (part.axes for part in figure.subfigs)
+    titles = [ax.get_title() for ax in axes if ax.get_title()]
+    sure = [int(re.fullmatch(r"1 (\d+)%\nis 2", title)[1]) for title in titles]
+    assert len(sure) == 5 and sure == sorted(sure, reverse=True)
+    assert [bar.get_width() for bar in bars.patches[1:3]] == [100, 0]
+
+
 def test_checkpoint_damage(tmp_path):
     """With a bit flipped it is an error, or in bytes without meaning the content."""
     content = {name: {"some": torch.arange(50.0)} for name in train.CHECKPOINT}
@@ -1113,6 +1168,8 @@ GAINED = [3.0] * 10 + np.linspace(3, 1.6, 20).tolist() + [1.6] * 10
 @each("losses, ended", [
     (GAINED + [1.6 + 0.45 * 1.4] * 60, "steps"), (GAINED + [1.6 + 0.55 * 1.4] * 60, "rise"),
     ([1.0] * 40 + [3.9] * 60, "steps"), ([1.0] * 40 + [4.1] * 60, "rise"),
+    ([1.0] * 20 + [0.91] * 20 + [3.95] * 60, "steps"),
+    ([1.0] * 20 + [0.91] * 20 + [4.05] * 60, "rise"),
     ([-1.0, -1.1] * 50, "steps"), ([1.0] * 15 + [math.nan], "not finite"),
     ([1.0] * 15 + [math.inf], "not finite"), ([1.0] * 30, "batches"), ([], "batches")])
 def test_sweep_ends(losses, ended):
@@ -1399,6 +1456,22 @@ def test_search_is_used(folder, monkeypatch, found, lr_max):
     succeed(*options(folder)[:-2], "--out", runs[1], "--lr-max", lr_max)
     assert outcome(runs[0]) == outcome(runs[1])
     assert outcome(runs[0])["history"][-1]["lr"] == pytest.approx(lr_max / 10)
+
+
+def test_search_seed(folder, tmp_path, monkeypatch):
+    """Both commands search with the network and the batches of their seed."""
+    monkeypatch.chdir(tmp_path)
+    seen = []
+
+    def look(net, optimizer, loss, batches, **options):
+        seen.append(with_bytes([*next(iter(batches)), net.fc.weight]))
+        return Curve([], [])
+
+    monkeypatch.setattr(lrfinder, "range_test", look)
+    for seed, main, more in ((3, lrfinder.main, []), (3, train.main, ["--epochs", 1]),
+                             (0, train.main, ["--epochs", 1])):
+        command("--data", folder / "own.npz", "--seed", seed, *more, main=main)
+    assert seen[0] == seen[1] and all(a != b for a, b in zip(seen[1], seen[2]))
 
 
 def test_search_of_both_commands(folder, tmp_path, monkeypatch):
