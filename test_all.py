@@ -678,6 +678,20 @@ def test_step_of_a_graph(monkeypatch):
     assert len(calls) == 4 and streams == ["own"]
 
 
+@each("scaled, fused", [(False, True), (True, True), (False, False)])
+def test_step_rates(monkeypatch, scaled, fused):
+    """A graph reads rates from tensors; none with a scaler, nor for an optimizer that asks."""
+    monkeypatch.setattr(train, "as_graph", lambda step: "graph")
+    monkeypatch.setattr(torch, "tensor", lambda value, device: (value, device))
+    net = SimpleNamespace(parameters=lambda: iter([SimpleNamespace(device=CUDA)]))
+    optimizer = SimpleNamespace(param_groups=[{"lr": 0.1}, {"lr": 0.2}], defaults={"fused": fused})
+    step = train.make_step(net, optimizer, SimpleNamespace(is_enabled=lambda: scaled))
+    rates = [group["lr"] for group in optimizer.param_groups]
+    graph = fused and not scaled
+    assert (step == "graph") == graph and rates == ([(0.1, CUDA), (0.2, CUDA)] if graph
+                                                    else [0.1, 0.2])
+
+
 @each("step, d", [(0, 0.1), (2, 0.25), (889, 890 / 899), (5000, 0.99)])
 def test_average(step, d):
     """The docstring's d, which is short at the start and 0.99 in the end."""
