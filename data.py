@@ -171,7 +171,7 @@ def fused_augment(images, draws, mean, inverse_std, dtype):
     """
     assert triton, f"no Triton: {why_not}"
     out = torch.empty((len(draws), SIZE, SIZE, 3), dtype=dtype, device=images.device)
-    # Fusion is off, so that it is rounded as it is written.
+    # Nothing here should be fused (see `augment`); the switch makes sure.
     augment_kernel[(len(draws),)](images, draws, mean, inverse_std, out, SIZE, PAD, CUT,
                                   num_warps=4, enable_fp_fusion=False)
     return out.permute(0, 3, 1, 2)

@@ -18,10 +18,11 @@ the accuracy):
              a single cycle)
 
 LRMAX is where training just holds: an upper limit. On small models without batch normalisation a
-third of it was as good or better in seven cases of eight (docs/measurements.md). So for such a
-model, and for Adam, train with LRMAX / 3 as well; and for Adam sweep from 1e-5 to 1. The steepest
-rate, which other finders suggest, is about as good as a third on an MLP or a conv net. On text,
-whose loss first falls while a model only learns which letters are frequent, it is far too low.
+third of it was the best of four rates or within 0.03 of the best loss in seven cases of eight. So
+for such a model, and for Adam, train with LRMAX / 3 as well; and for Adam sweep from 1e-5 to 1. The
+steepest rate, which other finders suggest, is about as good as a third on an MLP or a conv net. On
+text, whose loss first falls while a model only learns which letters are frequent, it is far too
+low.
 
 All but `main` stands alone: it needs torch and numpy, and matplotlib to draw. Copy it.
 
