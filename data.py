@@ -199,12 +199,12 @@ class Loader:
     """
 
     def __init__(self, data, batch_size, dtype, device):
-        self.train_images, self.train_labels, self.test_images, self.test_labels = (
-            tensor.to(device) for tensor in data[2:6])
-        self.mean, self.inverse_std = (v.to(device) for v in normalisation(data.train_images))
         if not 0 < batch_size <= len(data.train_images):
             raise ValueError(f"batch_size {batch_size} must lie in 1 .. {len(data.train_images)}, "
                              f"the number of training images")
+        self.train_images, self.train_labels, self.test_images, self.test_labels = (
+            tensor.to(device) for tensor in data[2:6])
+        self.mean, self.inverse_std = (v.to(device) for v in normalisation(data.train_images))
         self.batch_size, self.dtype, self.device = batch_size, dtype, device
         self.augment = pick_augment(device, dtype)
 
