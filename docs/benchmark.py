@@ -6,7 +6,7 @@
     loader    an epoch of batches beside torchvision's transforms in two workers, and, with
               --airbench FILE, beside the CifarLoader of that file (CUDA)
     step      a training step launched by Python, as a graph, and compiled (CUDA)
-    command   python train.py as a user starts it, with the time of each line it prints
+    command   python train.py as a user starts it: the parts of its start, then a time for each line
     t4        python train.py as a GPU without bf16 and without Triton would run it
 
 Medians, with minimum and maximum where a row has three figures.
@@ -163,6 +163,24 @@ def command(arguments, code=None):
     print(f"{time.perf_counter() - start:6.1f} s  done, status {process.returncode}", flush=True)
 
 
+START = """
+import sys
+print("Python")
+import torch
+print("import torch")
+import data, model, train
+print("import train")
+import torchvision.datasets
+print("import torchvision.datasets")
+device = model.pick_device()
+torch.zeros(1, device=device)
+print("the device's first tensor")
+images = data.load(sys.argv[1], sys.argv[2])
+print("images read")
+data.Loader(images, 512, model.precision(device), device)
+print("the loader, with its kernel")
+"""
+
 T4 = """
 import torch
 torch.cuda.is_bf16_supported = lambda including_emulation=True: False
@@ -194,8 +212,12 @@ def main():
             loader(data, device, args.airbench)
         elif part == "step":
             step(data, device)
+        elif part == "t4":
+            command(where, T4)
         else:
-            command(where, T4 if part == "t4" else None)
+            command([args.data, args.data_dir], START)
+            print()
+            command(where)
 
 
 if __name__ == "__main__":
