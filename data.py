@@ -125,6 +125,11 @@ def augment(images, draws, mean, inverse_std, dtype):
 
 
 if triton:
+    # How to read it: Triton starts a program for each image, and `program_id` tells it which. Names
+    # such as `images` hold addresses: `images + 5` is that of the value five further on, and `load`
+    # and `store` move what is there. What looks like a number, as `row`, is a vector of them, which
+    # the program's threads share out; `mask` says which of its elements are not to be touched.
+    # tl.constexpr are numbers that the compiler knows.
     @triton.jit
     def augment_kernel(images, draws,              # *uint8 (N, 32, 32, 3), *int32 (B, 6)
                        mean, inverse_std, out,     # *float32 (3,) twice, *dtype (B, 32, 32, 3)
@@ -141,7 +146,8 @@ if triton:
         i = tl.arange(0, 4 * SIZE * SIZE)                             # (4096,)
         inside = i < 3 * SIZE * SIZE
         picture = tl.load(images + index * (SIZE * SIZE * 3) + i, mask=inside)
-        # i counts lanes 0 .. 31 of rows 0, 1, ..., 31; then lanes 32 .. 63; then the rest.
+        # From here on i only numbers the results, in an order that suits: lanes 0 .. 31 of rows 0,
+        # 1, ..., 31, then lanes 32 .. 63, then the rest. So / and % are by powers of two: shifts.
         row, lane = i // SIZE % SIZE, i // (SIZE * SIZE) * SIZE + i % SIZE
         column, channel = lane // 3, lane % 3
         y = tl.abs(row + top - PAD)                                   # reflect, as above
@@ -227,7 +233,7 @@ class Loader:
 
     def batches(self, images, labels, draws, batch_size):
         labels = labels[draws[:, INDEX].long()]
-        # The kernel fills many batches at once, in bf16 315 MB at 512; plain torch needs more room.
+        # The kernel fills up to 100 batches at once: 315 MB in bf16. Plain torch needs more room.
         launch = batch_size * (100 if self.augment is fused_augment else 1)
         for part, part_labels in zip(draws.split(launch), labels.split(launch)):
             inputs = self.augment(images, part, self.mean, self.inverse_std, self.dtype)

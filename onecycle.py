@@ -12,13 +12,14 @@ r"""The one-cycle policy: one rise and one fall of the learning rate, and nothin
 Step k of T (k = 0 .. T - 1) is the k-th optimizer step of the run: batches, not epochs. CIFAR-10 in
 batches of 512 has 97 steps an epoch, so in 24 epochs T = 2328 and P = 5 * 97 = 485.
 
-While the rate rises, the weights leave the steep start before the steps get large. At the top the
-steps are too large for a narrow valley of the loss; that regularises. While it falls, the weights
-settle in a wide valley (Smith, arXiv 1803.09820; Smith and Topin, arXiv 1708.07120).
+Why, after Smith (arXiv 1803.09820; with Topin, arXiv 1708.07120): while the rate rises, the weights
+leave the steep start before the steps get large. At the top the steps are too large for a narrow
+valley of the loss; that regularises. While it falls, the weights settle in a wide valley.
 
-Most libraries end with *annihilation*: the rate goes on down to zero. Here it does not. The last
-step still uses LRMIN, and the average of the weights that train.py keeps takes the annihilation's
-place.
+Most libraries end with *annihilation*: the rate falls to zero (Smith's own reaches LRMIN first, and
+then falls further). Here it does not. The last step still uses LRMIN, and the average of the
+weights that train.py keeps takes the annihilation's place. The momentum stays as it is; Smith's
+falls while the rate rises.
 
     schedule = OneCycle(optimizer, total=2328, peak=485, lr_max=0.1)
     for k, batch in enumerate(batches):

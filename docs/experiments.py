@@ -56,7 +56,8 @@ def arms_of(part):
                 for s in ("constant", "steps")
                 for f in ((1 / 8, 1 / 4, 1 / 2, 1) if s == "constant" else (1 / 4, 1 / 2, 1, 2))]
     if part == "apart":
-        return [{"schedule": s, "apart": True} for s in ("one cycle", "annihilated")]
+        return [{"optimizer": o, "schedule": s, "apart": True} for o in ("sgd", "muon")
+                for s in ("one cycle", "annihilated")]
     if part == "range":
         return ([{"optimizer": o, "lr": LR[o] * f} for f in (1, 2, 1 / 2, 4, 1 / 4)
                  for o in ("muon", "sgd")] + [{"ratio": 3}, {"ratio": 30}])
@@ -279,11 +280,11 @@ def draw(path, width, images):
     os.environ["MPLBACKEND"] = "agg"
     from matplotlib.figure import Figure
     figure = Figure(figsize=(9, 4.2), layout="constrained", facecolor="white")
-    panels = figure.subplots(1, 2, sharey=True)
+    panels = figure.subplots(1, 2)
     looks = {"one cycle": ("one cycle", "tab:blue"), "constant": ("constant", "tab:red"),
              "annihilated": ("with annihilation", "tab:green"),
              "steps": ("step decay", "tab:orange")}
-    for ax, key, title in zip(panels, (1, 2), ("raw weights", "averaged weights")):
+    for ax, key, title, span in zip(panels, (1, 2), ("raw weights", "averaged weights"), (20, 6)):
         for (part, machine, *size, arm), same in groups.items():
             if part in ("sgd", "long") and size == [width, images]:
                 epochs, (name, colour) = same[0]["epochs"], looks[same[0]["arm"]["schedule"]]
@@ -294,12 +295,14 @@ def draw(path, width, images):
                         label=f"{name}, {epochs} epochs (n = {len(same)})")
                 ax.fill_between(x, curves.min(0), curves.max(0), color=colour, alpha=0.15,
                                 linewidth=0)
-        ax.set(xlabel="epoch", title=title, xscale="log")
+        top = ax.get_ylim()[1]
+        ax.set(xlabel="epoch", title=title, xscale="log", xlim=(4, None), ylim=(top - span, top))
         ax.set_xticks([4, 8, 12, 24, 48, 120], [4, 8, 12, 24, 48, 120])
         ax.minorticks_off()
         ax.grid(axis="y", alpha=0.3)
     panels[0].set(ylabel="accuracy on the test set in %")
-    panels[0].legend(loc="lower right", fontsize="small")
+    panels[1].legend(loc="lower right", fontsize="small")
+    figure.suptitle(f"SGD, {width} channels, {images or 'all'} images", fontsize="medium")
     figure.savefig("experiment.png", dpi=100)
     print("wrote experiment.png")
 
