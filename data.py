@@ -104,8 +104,8 @@ def augment(images, draws, mean, inverse_std, dtype):
     """
     index, top, left, flip, cut_y, cut_x = draws.long()[:, :, None].unbind(1)      # (B, 1) each
     row = torch.arange(SIZE, device=images.device)                                 # (32,)
-    lane = torch.arange(SIZE * 3, device=images.device)                            # (96,)
-    column, channel = lane // 3, lane % 3                    # a row is r g b r g b r g b ...
+    place = torch.arange(SIZE * 3, device=images.device)                           # (96,)
+    column, channel = place // 3, place % 3                  # a row is r g b r g b r g b ...
     # Crop and flip are only a question of where a pixel comes from: pixel (row, column) of the
     # flipped crop is pixel (row, 31 - column) of the crop, which starts at (top - 4, left - 4).
     y = reflect(row + top - PAD)                                                   # (B, 32)
@@ -129,7 +129,8 @@ if triton:
     # such as `images` hold addresses: `images + 5` is that of the value five further on, and `load`
     # and `store` move what is there. What looks like a number, as `row`, is a vector of them, which
     # the program's threads share out; `mask` says which of its elements are not to be touched.
-    # tl.constexpr are numbers that the compiler knows.
+    # tl.constexpr are numbers that the compiler knows. augment_kernel[(B,)](...) starts B programs,
+    # of num_warps x 32 threads each.
     @triton.jit
     def augment_kernel(images, draws,              # *uint8 (N, 32, 32, 3), *int32 (B, 6)
                        mean, inverse_std, out,     # *float32 (3,) twice, *dtype (B, 32, 32, 3)
@@ -139,17 +140,17 @@ if triton:
         index = tl.load(draws).to(tl.int64)
         top, left, flip = tl.load(draws + 1), tl.load(draws + 2), tl.load(draws + 3)
         cut_y, cut_x = tl.load(draws + 4), tl.load(draws + 5)
-        tl.assume((top >= 0) & (top <= 2 * PAD))   # so the compiler sees: rows 4 .. 27 stay inside
+        tl.assume((top >= 0) & (top <= 2 * PAD))   # tells the compiler: rows 4 .. 27 stay inside
         # The image is read once, as it lies, 16 bytes a thread. Crop and flip then pick from what
         # was read: a gather in shared memory, which is fast in any order. All is one vector, its
         # last quarter masked, as lengths must be powers of two.
         i = tl.arange(0, 4 * SIZE * SIZE)                             # (4096,)
         inside = i < 3 * SIZE * SIZE
         picture = tl.load(images + index * (SIZE * SIZE * 3) + i, mask=inside)
-        # From here on i only numbers the results, in an order that suits: lanes 0 .. 31 of rows 0,
-        # 1, ..., 31, then lanes 32 .. 63, then the rest. So / and % are by powers of two: shifts.
-        row, lane = i // SIZE % SIZE, i // (SIZE * SIZE) * SIZE + i % SIZE
-        column, channel = lane // 3, lane % 3
+        # From here on i only numbers the results, in an order that suits: places 0 .. 31 of rows 0,
+        # 1, ..., 31, then places 32 .. 63, then the rest: / and % by powers of two are shifts.
+        row, place = i // SIZE % SIZE, i // (SIZE * SIZE) * SIZE + i % SIZE
+        column, channel = place // 3, place % 3
         y = tl.abs(row + top - PAD)                                   # reflect, as above
         y = tl.minimum(y, 2 * (SIZE - 1) - y)
         x = tl.abs(tl.where(flip == 1, SIZE - 1 - column, column) + left - PAD)
@@ -160,8 +161,8 @@ if triton:
         colour = tl.where(channel == 0, red, tl.where(channel == 1, green, blue))
         red, green, blue = tl.load(inverse_std), tl.load(inverse_std + 1), tl.load(inverse_std + 2)
         scale = tl.where(channel == 0, red, tl.where(channel == 1, green, blue))
-        # The cutout is a scale of 0, once a row and once a column. `fma` rounds once, as `*` does;
-        # its + 0.0 only turns the -0.0 of a dark pixel times 0 into 0.0.
+        # The cutout is a scale of 0, once a row and once a column. This `fma` merges nothing: it
+        # rounds once, as `*` does. Its + 0.0 turns the -0.0 of a dark pixel times 0 into 0.0.
         cut_row, cut_column = row - cut_y + CUT // 2, column - cut_x + CUT // 2
         cut = tl.where((cut_column >= 0) & (cut_column < CUT), 0.0, scale)
         scale = tl.where((cut_row >= 0) & (cut_row < CUT), cut, scale)

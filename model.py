@@ -128,8 +128,8 @@ class Muon(torch.optim.SGD):
         groups = [{"params": convolutions, "orthogonal": True}, {"params": others}]
         super().__init__([group for group in groups if group["params"]], lr, momentum,
                          nesterov=True, weight_decay=weight_decay, **options)
-        # Fused SGD tells a GradScaler to leave unscaling and skipping to it. orthogonal_step does
-        # neither, so that the scaler must.
+        # Fused SGD offers a GradScaler to divide the gradients, and to skip a bad step, itself.
+        # orthogonal_step does neither, so the scaler is to do both, as for other optimizers.
         self._step_supports_amp_scaling = False
 
     @torch.no_grad()
@@ -138,7 +138,7 @@ class Muon(torch.optim.SGD):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        groups = self.param_groups                            # SGD's own step is to see the others
+        groups = self.param_groups                            # all; SGD's own step gets the rest
         for group in groups:
             if group.get("orthogonal"):
                 for w in group["params"]:

@@ -7,12 +7,12 @@
 
 Parts, each on CIFAR-10, trained on 40,000 images with 10,000 held out, unless *test set* stands:
 
-    sgd, muon   one cycle, annihilated, constant rate, step decay (test set)
-    long        step decay in 48 and in 120 epochs (test set)
-    rates       four rates for constant and step decay, of which those take the best
-    apart       raw and averaged weights x running and measured statistics (test set)
-    range       LRMAX x 1/4 .. 4, and LRMIN = LRMAX / 3 and / 30
-    recipe      one constant changed at a time
+    sgd, muon       one cycle, annihilated, constant rate, step decay (test set)
+    sgd-N, muon-N   step decay in N epochs, as sgd-48 (test set)
+    rates           four rates for constant and step decay, of which those take the best
+    apart           raw and averaged weights x running and measured statistics (test set)
+    range           LRMAX x 1/4 .. 4, and LRMIN = LRMAX / 3 and / 30
+    recipe          one constant changed at a time
 
 Seed after seed, all arms with each, until the time is over; a line of experiments.jsonl each.
 --together trains so many runs at once on one GPU, whose small kernels leave room for each other,
@@ -36,7 +36,7 @@ from onecycle import one_cycle
 from train import AVERAGE_DECAY, PEAK, accuracy, make_step, measure_statistics, update_average
 
 RESULTS = Path(__file__).with_name("experiments.jsonl")
-ON_TEST_SET = "headline", "sgd", "muon", "long", "apart"      # headline: train.py --runs 10
+ON_TEST_SET = "headline", "sgd", "muon", "apart"      # headline: train.py --runs 10
 LR = {"muon": 0.1, "sgd": 0.2}           # about what the range test finds for each
 ARM = {"optimizer": "muon", "schedule": "one cycle", "lr": None, "ratio": 10, "epochs": 24,
        "smoothing": 0.0, "sharpness": 1.0, "decay": AVERAGE_DECAY, "momentum": None,
@@ -48,9 +48,9 @@ def arms_of(part):
     if part in ("sgd", "muon"):
         return [{"optimizer": part, "schedule": schedule}
                 for schedule in ("one cycle", "annihilated", "constant", "steps")]
-    if part == "long":
-        return [{"optimizer": o, "schedule": "steps", "epochs": epochs}
-                for epochs in (48, 120) for o in ("sgd", "muon")]
+    optimizer, _, epochs = part.partition("-")
+    if optimizer in LR and epochs.isdigit():
+        return [{"optimizer": optimizer, "schedule": "steps", "epochs": int(epochs)}]
     if part == "rates":
         return [{"optimizer": o, "schedule": s, "lr": LR[o] * f} for o in ("muon", "sgd")
                 for s in ("constant", "steps")
@@ -228,8 +228,8 @@ def main():
         for part, arm, changes, seed in group:
             arm["lr"] = arm["lr"] or best_rate(args.out, arm["optimizer"], arm["schedule"],
                                                args.width)
-        runs = [training(loaders["test" if part in ON_TEST_SET else "held out"], arm, seed,
-                         args.width, args.compile) for part, arm, changes, seed in group]
+        runs = [training(loaders["test" if part.split("-")[0] in ON_TEST_SET else "held out"],
+                         arm, seed, args.width, args.compile) for part, arm, changes, seed in group]
         for k, result in side_by_side(runs):
             part, arm, changes, seed = group[k]
             result = {"part": part, "arm": changes, "lr": arm["lr"], "epochs": arm["epochs"],
@@ -286,7 +286,7 @@ def draw(path, width, images):
              "steps": ("step decay", "tab:orange")}
     for ax, key, title, span in zip(panels, (1, 2), ("raw weights", "averaged weights"), (20, 6)):
         for (part, machine, *size, arm), same in groups.items():
-            if part in ("sgd", "long") and size == [width, images]:
+            if part.split("-")[0] == "sgd" and size == [width, images]:
                 epochs, (name, colour) = same[0]["epochs"], looks[same[0]["arm"]["schedule"]]
                 curves = np.array([[100 * entry[key] for entry in row["history"]] for row in same])
                 x = [entry[0] for entry in same[0]["history"]]
