@@ -284,7 +284,9 @@ def draw(path, width, images):
     looks = {"one cycle": ("one cycle", "tab:blue"), "constant": ("constant", "tab:red"),
              "annihilated": ("with annihilation", "tab:green"),
              "steps": ("step decay", "tab:orange")}
-    for ax, key, title, span in zip(panels, (1, 2), ("raw weights", "averaged weights"), (20, 6)):
+    longest = max(row["epochs"] for row in rows if [row["width"], row["images"]] == [width, images])
+    ticks = [epoch for epoch in (4, 8, 12, 16, 24, 48, 120) if epoch <= longest]
+    for ax, key, title, span in zip(panels, (1, 2), ("raw weights", "averaged weights"), (20, 5)):
         for (part, machine, *size, arm), same in groups.items():
             if part.split("-")[0] == "sgd" and size == [width, images]:
                 epochs, (name, colour) = same[0]["epochs"], looks[same[0]["arm"]["schedule"]]
@@ -296,8 +298,9 @@ def draw(path, width, images):
                 ax.fill_between(x, curves.min(0), curves.max(0), color=colour, alpha=0.15,
                                 linewidth=0)
         top = ax.get_ylim()[1]
-        ax.set(xlabel="epoch", title=title, xscale="log", xlim=(4, None), ylim=(top - span, top))
-        ax.set_xticks([4, 8, 12, 24, 48, 120], [4, 8, 12, 24, 48, 120])
+        ax.set(xlabel="epoch", title=title, xscale="log", xlim=(4, 1.1 * longest),
+               ylim=(top - span, top))
+        ax.set_xticks(ticks, ticks)
         ax.minorticks_off()
         ax.grid(axis="y", alpha=0.3)
     panels[0].set(ylabel="accuracy on the test set in %")
