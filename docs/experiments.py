@@ -33,7 +33,8 @@ from torch.nn.functional import cross_entropy
 from data import FLIP, INDEX, Loader, draw_epoch, load
 from model import MOMENTUM, WEIGHT_DECAY, Muon, make_model, make_scaler, pick_device, precision
 from onecycle import one_cycle
-from train import AVERAGE_DECAY, PEAK, accuracy, make_step, measure_statistics, update_average
+from train import (AVERAGE_DECAY, PEAK, accuracy, make_step, measure_statistics,
+                   reuse_freed_memory, update_average)
 
 RESULTS = Path(__file__).with_name("experiments.jsonl")
 ON_TEST_SET = "headline", "sgd", "muon", "apart"      # headline: train.py --runs 10
@@ -202,6 +203,7 @@ def main():
     if args.parts[:1] == ["collect"]:
         return collect(args.parts[1], args.out)
     start = time.time()
+    reuse_freed_memory()
     device = pick_device()
     everything = load(args.data, args.data_dir)
     held_out = len(everything.train_images) // 5
