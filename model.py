@@ -173,7 +173,7 @@ def pick_device():
 
 
 def precision(device):
-    """The dtype of the arithmetic. Native ones only: emulated bf16 took 16 times float32's time."""
+    """The dtype of the arithmetic. Native ones only: emulated bf16 is slower than float32."""
     if device.type == "cuda":
         return (torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False)
                 else torch.float16)

@@ -136,9 +136,9 @@ def as_graph(step, warmup=3):
     """`step`, recorded as a CUDA graph after `warmup` calls, and from then on replayed.
 
     step: a function of tensors that returns tensors, the shapes always the same. A whole step is
-    about 450 kernels, which Python takes longer to launch than a GPU to run; a graph is one launch.
-    It reads and writes the same memory each time: what is given is copied there, and what it
-    returns holds until the next call.
+    hundreds of kernels, which Python may take longer to launch than a GPU to run; a graph is one
+    launch. It reads and writes the same memory each time: what is given is copied there, and what
+    it returns holds until the next call.
     """
     graph, inputs, outputs = torch.cuda.CUDAGraph(), [], []
 
