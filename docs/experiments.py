@@ -10,11 +10,12 @@ Parts, each on CIFAR-10, trained on 40,000 images with 10,000 held out, unless *
     sgd, muon       one cycle, annihilated, constant rate, step decay (test set)
     sgd-N, muon-N   step decay in N epochs, as sgd-48 (test set)
     rates           four rates for constant and step decay, of which those take the best
-    apart           raw and averaged weights x running and measured statistics (test set)
     range           LRMAX x 1/4 .. 4, and LRMIN = LRMAX / 3 and / 30
     recipe          one constant changed at a time
 
-Seed after seed, all arms with each, until the time is over; a line of experiments.jsonl each.
+Each run tells its accuracy with raw and averaged weights, both with running and with measured
+statistics of batch normalisation. Seed after seed, all arms with each, until the time is over; a
+line of experiments.jsonl each.
 --together trains so many runs at once on one GPU, whose small kernels leave room for each other,
 and --compile compiles the network: on an H100 a step takes 6.0 ms, so 3.9 ms.
 """
@@ -37,11 +38,11 @@ from train import (AVERAGE_DECAY, PEAK, accuracy, make_step, measure_statistics,
                    reuse_freed_memory, update_average)
 
 RESULTS = Path(__file__).with_name("experiments.jsonl")
-ON_TEST_SET = "headline", "sgd", "muon", "apart"      # headline: train.py --runs 10
+ON_TEST_SET = "headline", "sgd", "muon"      # headline: train.py --runs 10
 LR = {"muon": 0.1, "sgd": 0.2}           # about what the range test finds for each
 ARM = {"optimizer": "muon", "schedule": "one cycle", "lr": None, "ratio": 10, "epochs": 24,
        "smoothing": 0.0, "sharpness": 1.0, "decay": AVERAGE_DECAY, "momentum": None,
-       "weight_decay": WEIGHT_DECAY, "flip": "alternating", "apart": False}
+       "weight_decay": WEIGHT_DECAY, "flip": "alternating"}
 
 
 def arms_of(part):
@@ -56,9 +57,6 @@ def arms_of(part):
         return [{"optimizer": o, "schedule": s, "lr": LR[o] * f} for o in ("muon", "sgd")
                 for s in ("constant", "steps")
                 for f in ((1 / 8, 1 / 4, 1 / 2, 1) if s == "constant" else (1 / 4, 1 / 2, 1, 2))]
-    if part == "apart":
-        return [{"optimizer": o, "schedule": s, "apart": True} for o in ("sgd", "muon")
-                for s in ("one cycle", "annihilated")]
     if part == "range":
         return ([{"optimizer": o, "lr": LR[o] * f} for f in (1, 2, 1 / 2, 4, 1 / 4)
                  for o in ("muon", "sgd")] + [{"ratio": 3}, {"ratio": 30}])
@@ -121,8 +119,8 @@ def epoch_of(loader, seed, epoch, flip):
 def training(loader, arm, seed, width, compiled):
     """A run as a generator, which stops after each step and returns what it reached, by name.
 
-    `history` is a list of (epoch, raw, averaged accuracy); the other values are accuracies at the
-    end, with `apart` two more.
+    `history` is a list of (epoch, raw, averaged accuracy), every fourth epoch; the other values are
+    accuracies at the end.
     """
     device = loader.device
     classes = int(loader.train_labels.max()) + 1
@@ -133,7 +131,8 @@ def training(loader, arm, seed, width, compiled):
     optimizer = make_optimizer(net, arm)
     step = make_step(net, optimizer, make_scaler(device), lambda log_p, labels: cross_entropy(
         log_p * arm["sharpness"], labels, label_smoothing=arm["smoothing"]))
-    steps, epochs, history, buffers = len(loader), arm["epochs"], [], None
+    steps, epochs, history = len(loader), arm["epochs"], []
+    running = [b.clone() for b in statistics_of(net)]
     for epoch in range(epochs):
         net.train()
         for k, batch in enumerate(epoch_of(loader, seed, epoch, arm["flip"]), start=epoch * steps):
@@ -145,42 +144,43 @@ def training(loader, arm, seed, width, compiled):
                     group["lr"] = lr
             step(*batch)
             update_average(average, net, k, arm["decay"])
-            if arm["apart"]:                        # the statistics averaged as the weights are
-                now = [b for b in net.buffers() if b.is_floating_point()]
-                buffers = buffers or [b.clone() for b in now]
-                for mine, b in zip(buffers, now):
-                    mine.lerp_(b, 1 - min(arm["decay"], (1 + k) / (10 + k)))
+            for mine, b in zip(running, statistics_of(net)):     # averaged as the weights are
+                mine.lerp_(b, 1 - min(arm["decay"], (1 + k) / (10 + k)))
             yield
-        every = 1 if epochs <= 24 and device.type == "cuda" else 4     # a CPU measures for 6 s
-        if epoch % every == every - 1 or epoch == epochs - 1:
+        if epoch % 4 == 3 or epoch == epochs - 1:                # a CPU measures for 6 s
             measure_statistics(average, loader, seed, epoch)
             raw.load_state_dict(net.state_dict())
             history.append((epoch + 1, accuracy(raw, loader.test()),
                             accuracy(average, loader.test())))
     result = {"history": history, "raw": history[-1][1], "averaged": history[-1][2],
               "flipped": accuracy(average, loader.test(), flip=True)}
-    if arm["apart"]:
-        measure_statistics(raw, loader, seed, epoch)
-        result["raw, measured"] = accuracy(raw, loader.test())
-        for mine, b in zip(buffers, (b for b in average.buffers() if b.is_floating_point())):
-            b.copy_(mine)
-        result["averaged, averaged statistics"] = accuracy(average, loader.test())
+    measure_statistics(raw, loader, seed, epoch)
+    result["raw, measured"] = accuracy(raw, loader.test())
+    for mine, b in zip(running, statistics_of(average)):
+        b.copy_(mine)
+    result["averaged, averaged statistics"] = accuracy(average, loader.test())
     return result
 
 
-def side_by_side(runs):
-    """Exhaust generators in turn, each on a CUDA stream of its own; yield (which, result)."""
+def statistics_of(net):
+    """Means and variances of batch normalisation."""
+    return [b for b in net.buffers() if b.is_floating_point()]
+
+
+def side_by_side(runs, together):
+    """Exhaust generators, `together` at a time, each on a CUDA stream; yield their results."""
     cuda = torch.cuda.is_available()
-    streams = [torch.cuda.Stream() if cuda else None for _ in runs]
-    active = dict(enumerate(runs))
-    while active:
-        for k, run in list(active.items()):
-            with torch.cuda.stream(streams[k]):
+    streams = [torch.cuda.Stream() if cuda else None for _ in range(together)]
+    active = [next(runs, None) for _ in streams]
+    while any(active):
+        for k, stream in enumerate(streams):
+            with torch.cuda.stream(stream):
                 try:
-                    next(run)
+                    if active[k]:
+                        next(active[k])
                 except StopIteration as stop:
-                    del active[k]
-                    yield k, stop.value
+                    yield stop.value
+                    active[k] = next(runs, None)
 
 
 def main():
@@ -224,24 +224,30 @@ def main():
                 arm = {**ARM, **changes}
                 arm["epochs"] = args.epochs or arm["epochs"]
                 todo.append((part, arm, changes, seed))
-    while todo and time.time() - start < args.seconds:
-        group, todo = todo[:args.together], todo[args.together:]
-        began = time.time()
-        for part, arm, changes, seed in group:
+
+    def runs():
+        for part, arm, changes, seed in todo:
+            if time.time() - start > args.seconds:
+                return
             arm["lr"] = arm["lr"] or best_rate(args.out, arm["optimizer"], arm["schedule"],
                                                args.width)
-        runs = [training(loaders["test" if part.split("-")[0] in ON_TEST_SET else "held out"],
-                         arm, seed, args.width, args.compile) for part, arm, changes, seed in group]
-        for k, result in side_by_side(runs):
-            part, arm, changes, seed = group[k]
-            result = {"part": part, "arm": changes, "lr": arm["lr"], "epochs": arm["epochs"],
-                      "seed": seed, "machine": machine, "width": args.width,
-                      "images": args.images, **result,
-                      "seconds": time.time() - began}
-            print(f"{time.time() - start:6.0f} s  {part:10}{result['averaged']:8.2%}"
-                  f"{result['raw']:8.2%}  lr {arm['lr']:.4g}  seed {seed}  {changes}", flush=True)
-            with args.out.open("a") as file:
-                file.write(json.dumps(result) + "\n")
+            yield complete(part, arm, changes, seed)
+
+    def complete(part, arm, changes, seed):
+        """A training whose result is the whole row."""
+        began = time.time()
+        loader = loaders["test" if part.split("-")[0] in ON_TEST_SET else "held out"]
+        result = yield from training(loader, arm, seed, args.width, args.compile)
+        return {"part": part, "arm": changes, "lr": arm["lr"], "epochs": arm["epochs"],
+                "seed": seed, "machine": machine, "width": args.width, "images": args.images,
+                **result, "seconds": time.time() - began}
+
+    for row in side_by_side(runs(), args.together):
+        print(f"{time.time() - start:6.0f} s  {row['part']:10}{row['averaged']:8.2%}"
+              f"{row['raw']:8.2%}  lr {row['lr']:.4g}  seed {row['seed']}  {row['arm']}",
+              flush=True)
+        with args.out.open("a") as file:
+            file.write(json.dumps(row) + "\n")
 
 
 def mean_of(rows, key):
