@@ -47,9 +47,10 @@ EVERY_EPOCH = 2**32 - 1                  # a stream of numbers that no epoch has
 def mix(z):
     """SplitMix64's bijection of 64-bit integers: every output bit depends on every input bit.
 
-    Steele, Lea, Flood, Fast Splittable Pseudorandom Number Generators, 2014. int64 to int64, as
-    torch has few operations without a sign: products have the same 64 bits with it (so constants
-    from 2^63 on stand minus 2^64), and the masks make >> shift in zeros.
+    Steele, Lea, Flood, Fast Splittable Pseudorandom Number Generators, 2014. A tensor of int64 to
+    another, as torch has few operations without a sign: products have the same 64 bits with it (so
+    constants from 2^63 on stand minus 2^64), and the masks make >> shift in zeros. Or one of
+    Python's integers to another, whose lowest 64 bits are right.
     """
     z = (z ^ ((z >> 30) & (2**34 - 1))) * (0xBF58476D1CE4E5B9 - 2**64)
     z = (z ^ ((z >> 27) & (2**37 - 1))) * (0x94D049BB133111EB - 2**64)
@@ -62,7 +63,7 @@ def random_numbers(count, seed, stream, device="cpu"):
     Number k is a pure function of (seed, stream, k), so that no state is kept, the GPU needs no
     host, and an epoch can be made again alone. seed: 0 .. 2^31 - 1, stream: 0 .. 2^32 - 1.
     """
-    start = mix(torch.tensor(seed << 32 | stream)).item()
+    start = (mix(seed << 32 | stream) + 2**63) % 2**64 - 2**63          # 64 bits, with a sign
     k = torch.arange(1, count + 1, device=device)
     return mix(k * (GAMMA - 2**64) + start) & (2**63 - 1)    # numbers 1 .. count of SplitMix64
 

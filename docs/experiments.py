@@ -276,15 +276,16 @@ def draw(path, width, images):
     rows = [json.loads(line) for line in path.read_text().splitlines()]
     groups = {}
     for row in rows:
-        key = row["part"], row["machine"], row["width"], row["images"], json.dumps(row["arm"])
+        key = row["part"], row["width"], row["images"], json.dumps(row["arm"])
         groups.setdefault(key, []).append(row)
-    for (part, machine, wide, some, arm), same in groups.items():
+    for (part, wide, some, arm), same in groups.items():
+        machines = " and ".join(sorted({row["machine"] for row in same}))
         print(f"| {part} | {arm} | {same[0]['lr']:.3g} | {mean_of(same, 'averaged')} | "
-              f"{mean_of(same, 'raw')} | {len(same)} | {machine}, width {wide}, "
+              f"{mean_of(same, 'raw')} | {len(same)} | {machines}, width {wide}, "
               f"{some or 'all'} images |")
-        if "raw, measured" in same[0]:
-            print("|", ", ".join(f"{name}: {mean_of(same, name)}" for name in
-                                 ("raw, measured", "averaged, averaged statistics")), "|")
+        measured = [row for row in same if "raw, measured" in row]
+        for name in ("raw, measured", "averaged, averaged statistics") if measured else ():
+            print(f"|  | {name} | | {mean_of(measured, name)} | | {len(measured)} | |")
     os.environ["MPLBACKEND"] = "agg"
     from matplotlib.figure import Figure
     figure = Figure(figsize=(9, 4.2), layout="constrained", facecolor="white")
@@ -295,11 +296,13 @@ def draw(path, width, images):
     longest = max(row["epochs"] for row in rows if [row["width"], row["images"]] == [width, images])
     ticks = [epoch for epoch in (4, 8, 12, 16, 24, 48, 120) if epoch <= longest]
     for ax, key, title, span in zip(panels, (1, 2), ("raw weights", "averaged weights"), (20, 5)):
-        for (part, machine, *size, arm), same in groups.items():
+        for (part, *size, arm), same in groups.items():
             if part.split("-")[0] == "sgd" and size == [width, images]:
                 epochs, (name, colour) = same[0]["epochs"], looks[same[0]["arm"]["schedule"]]
-                curves = np.array([[100 * entry[key] for entry in row["history"]] for row in same])
-                x = [entry[0] for entry in same[0]["history"]]
+                by_epoch = [{entry[0]: 100 * entry[key] for entry in row["history"]}
+                            for row in same]
+                x = sorted(set.intersection(*map(set, by_epoch)))
+                curves = np.array([[reached[epoch] for epoch in x] for reached in by_epoch])
                 style = {24: "-", 48: "--"}.get(epochs, ":")
                 ax.plot(x, curves.mean(0), style, color=colour, marker="o", markevery=[-1],
                         label=f"{name}, {epochs} epochs (n = {len(same)})")
