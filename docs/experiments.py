@@ -288,7 +288,7 @@ def draw(path, width, images):
             print(f"|  | {name} | | {mean_of(measured, name)} | | {len(measured)} | |")
     os.environ["MPLBACKEND"] = "agg"
     from matplotlib.figure import Figure
-    figure = Figure(figsize=(9, 4.2), layout="constrained", facecolor="white")
+    figure = Figure(figsize=(9, 4.6), layout="constrained", facecolor="white")
     panels = figure.subplots(1, 2)
     looks = {"one cycle": ("one cycle", "tab:blue"), "constant": ("constant", "tab:red"),
              "annihilated": ("with annihilation", "tab:green"),
@@ -315,8 +315,10 @@ def draw(path, width, images):
         ax.minorticks_off()
         ax.grid(axis="y", alpha=0.3)
     panels[0].set(ylabel="accuracy on the test set in %")
-    panels[1].legend(loc="lower right", fontsize="small")
-    figure.suptitle(f"SGD, {width} channels, {images or 'all'} images", fontsize="medium")
+    figure.legend(*panels[1].get_legend_handles_labels(), loc="outside lower center", ncols=3,
+                  fontsize="small", handlelength=4)
+    figure.suptitle(f"SGD, {width} channels, {images or 'all'} images; shaded from the lowest run "
+                    f"to the highest", fontsize="medium")
     figure.savefig("experiment.png", dpi=100)
     print("wrote experiment.png")
 
