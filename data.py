@@ -114,8 +114,8 @@ def augment(images, draws, mean, inverse_std, dtype):
     rows = images.view(-1, SIZE * 3).index_select(0, (index * SIZE + y).flatten())
     rows = rows.view(-1, SIZE, SIZE * 3)                                           # (B, 32, 96)
     pixels = rows.gather(2, (x * 3 + channel)[:, None].expand_as(rows))            # (B, 32, 96)
-    # Subtract, then multiply: that rounds twice everywhere, so every device gives the same bits.
-    # pixel * scale + shift may become one multiply-add, which rounds once, on one device alone.
+    # Subtract, then multiply: that rounds twice everywhere, so every device should give the same
+    # bits. On some, pixel * scale + shift may become one multiply-add, which rounds once.
     values = (pixels - mean.repeat(SIZE)) * inverse_std.repeat(SIZE)               # (B, 32, 96)
     # Cut out rows cut_y - 4 .. cut_y + 3 and columns likewise; 0 is the mean colour by now.
     cut_row, cut_column = row - cut_y + CUT // 2, column - cut_x + CUT // 2
@@ -329,7 +329,7 @@ def load_cifar10(folder):
     patience = socket.getdefaulttimeout()
     socket.setdefaulttimeout(20)       # seconds without a byte; torchvision would wait for ever
     try:
-        train, test = (CIFAR10(folder, train=part, download=True) for part in (True, False))
+        train, test = (CIFAR10(folder, train=part, download=part) for part in (True, False))
     except Exception as error:         # OSError, RuntimeError, pickle's, tarfile's ...
         raise OSError(f"CIFAR-10 is not whole in '{folder}' and cannot be downloaded ({error}): "
                       f"put {CIFAR10.filename} there, or see --data in -h") from error

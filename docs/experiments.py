@@ -13,9 +13,9 @@ Parts, each on CIFAR-10, trained on 40,000 images with 10,000 held out, unless *
     range           LRMAX x 1/4 .. 4, and LRMIN = LRMAX / 3 and / 30
     recipe          one constant changed at a time
 
-Each run tells its accuracy with raw and averaged weights, both with running and with measured
-statistics of batch normalisation. Seed after seed, all arms with each, until the time is over; a
-line of experiments.jsonl each.
+Each run tells its accuracy with raw and averaged weights, both with running statistics of batch
+normalisation, averaged like the weights, and with measured ones. Seed after seed, all arms with
+each, until the time is over; a line of experiments.jsonl each.
 --together trains so many runs at once on one GPU, whose small kernels leave room for each other,
 and --compile compiles the network: on an H100 a step takes 6.0 ms, so 3.9 ms.
 """
