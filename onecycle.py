@@ -19,8 +19,8 @@ valley of the loss; that regularises. While it falls, the weights settle in a wi
 Most libraries end with *annihilation*: the rate falls to zero (Smith's own reaches LRMIN first, and
 then falls further). Here it does not. The last step still uses LRMIN, and the average of the
 weights that train.py keeps takes the annihilation's place. Who keeps no average should pass
-lr_end=0, which was worth 0.7 points here. The momentum stays as it is; Smith's falls while the rate
-rises.
+lr_end=0: without one it gained 0.7 points of accuracy on CIFAR-10. The momentum stays as it is;
+Smith's falls while the rate rises.
 
     schedule = OneCycle(optimizer, total=2328, peak=485, lr_max=0.1)
     for k, batch in enumerate(batches):
