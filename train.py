@@ -1,12 +1,14 @@
 """Train CustomResNet on CIFAR-10 with one cycle of the learning rate: 24 epochs, batch 512.
 
     python train.py                     finds LRMAX by a range test, then trains; see -h
+    python train.py --optimizer sgd     the assignment's own optimizer in place of Muon
     python train.py --resume runs/1     goes on with a run that was cut off, as if it had not been
+                                        (to the bit with as many threads on the same machine)
 
-At the end of a cycle without annihilation the learning rate is still LRMAX / 10, and the weights
-jitter around the bottom of the valley. So beside the raw weights w a running average of them,
-a <- d a + (1 - d) w after every step, is kept; it sits near the bottom. Its accuracy after the last
-epoch is the result: to pick the best epoch would be to fit the test set.
+At the end of the cycle the learning rate is still LRMAX / 10, and the weights jitter around the
+bottom of the valley. So an exponential moving average (EMA) of the weights is kept beside them; it
+sits near the bottom. Its accuracy after the last epoch is the result: picking the best epoch would
+mean fitting the test set.
 """
 import argparse
 import copy
@@ -18,7 +20,6 @@ import statistics
 import sys
 import time
 import zipfile
-from functools import partial
 from itertools import count, islice
 from pathlib import Path
 
@@ -32,84 +33,70 @@ from data import Loader, load
 from model import autocast, make_model, make_optimizer, make_scaler, pick_device, precision
 from onecycle import OneCycle
 
-# The recipe: an experiment is one edited line. What the range test shares stands atop model.py;
-# batch size, epochs and width belong to the data, and their defaults to `Dataset` in data.py.
+# The recipe: an experiment is one edited line. What the range test shares stands in model.py;
+# batch size, epochs and width go with the images, in `Dataset` of data.py.
 PEAK = 5 / 24             # the share of the run after which the learning rate is LRMAX
 LR_MAX = 0.1              # where the range test finds nothing: about what it finds on CIFAR-10
-AVERAGE_DECAY = 0.99      # d: an average over about the last 100 steps, one epoch
+AVERAGE_DECAY = 0.99      # d: the average holds mostly the last 100 steps, one epoch
 SAMPLE = 5120             # training images that give the average its BatchNorm statistics
-
-SAVE_EVERY = 10           # seconds, at least, between two checkpoints
-CHECKPOINT = "settings", "history", "net", "average", "optimizer", "scaler"
-HEADER = "epoch       lr    loss    train      raw  averaged       s  images/s"
-ROW = ("{epoch:5}{lr:9.4f}{loss:8.4f}{train:9.2%}{raw:9.2%}{averaged:10.2%}{seconds:8.1f}"
-       "{speed:10,.0f}")
 
 
 # ------------------------------------------------------------------------------------ the loop
 
-def train(data, settings, checkpoint, out):
-    """Train from the start or from a checkpoint; write the results to `out`, return the accuracy.
+def train(loader, settings, out, checkpoint=None):
+    """Train from the start or on from a checkpoint; write the results to the folder `out`.
 
-    It is that of the averaged weights after the last epoch, a share of the test set.
+    Returns the share of the test set that the averaged weights get right after the last epoch.
     """
-    device, seed, epochs = pick_device(), settings["seed"], settings["epochs"]
-    net = make_model(device, seed, len(data.classes), data.width)
-    average = copy.deepcopy(net)
-    optimizer, scaler = make_optimizer(net), make_scaler(device)
-    loader = Loader(data, settings["batch_size"], precision(device), device)
-    describe(data, loader)
-
-    history = restore(checkpoint, net, average, optimizer, scaler) if checkpoint else []
-    save_state = partial(save_run, out, settings, history, net, average, optimizer, scaler)
-    if not checkpoint:
-        save_state()                                     # --resume can go on from now on
+    net, optimizer, scaler = set_up(loader, settings)
+    average, seed, epochs = copy.deepcopy(net), settings["seed"], settings["epochs"]
+    parts = {"net": net, "average": average, "optimizer": optimizer, "scaler": scaler}
+    history = begin_run(out, settings, parts, checkpoint)
     if settings["lr_max"] is None:
-        settings["lr_max"] = find_lr_max(net, optimizer, scaler, loader, seed, out)
-        save_state()
-    steps = len(loader)                                                     # an epoch
-    total, peak = epochs * steps, min(round(epochs * steps * PEAK), epochs * steps - 1)
-    schedule = OneCycle(optimizer, total, peak, settings["lr_max"])
-    print(f"schedule  {epochs} epochs of {steps} steps of {loader.batch_size}: learning rate "
-          f"{schedule.at(0):.3g}, {schedule.at(peak):.3g} at step {peak}, "
-          f"{schedule.at(total - 1):.3g} at the end; seed {seed}\nresults   {out}\n\n{HEADER}")
-    for row in history:
-        print(ROW.format(**row))
-    step, saved = make_step(net, optimizer, scaler), time.time()
+        found = find_lr_max(net, optimizer, scaler, loader, seed, out / "lr_range.png")
+        settings["lr_max"] = found.lr_max if found else LR_MAX
+    total = epochs * len(loader)
+    schedule = OneCycle(optimizer, total, min(round(total * PEAK), total - 1), settings["lr_max"])
+    step = make_step(net, optimizer, scaler)
+    print_header(schedule, total, settings, out, history)
 
+    saved = time.time()
     for epoch in range(len(history), epochs):
-        start, loss_sum, right = time.time(), 0, 0
-        net.train()
-        batches = tqdm(loader.epoch(seed, epoch), f"epoch {epoch + 1}", steps, leave=False,
-                       disable=None)                     # None: no bar where it is no terminal
-        for k, (inputs, labels) in enumerate(batches, start=epoch * steps):
-            lr = schedule.set(k)
-            loss, correct = step(inputs, labels)
-            update_average(average, net, k)
-            # Summed on the device: to ask for a number would make the GPU wait for Python.
-            loss_sum += loss
-            right += correct
+        row = train_epoch(net, average, step, schedule, loader, seed, epoch)
+        stop_if_diverged(row, net, settings)
         measure_statistics(average, loader, seed, epoch)
-        loss = float(loss_sum) / steps
-        if not (math.isfinite(loss) and all(w.isfinite().all() for w in net.parameters())):
-            sys.exit(f"epoch {epoch + 1} diverged (loss {loss:.3g}) and is not saved: try --lr-max "
-                     f"{settings['lr_max'] / 4:.2g}")
-        seconds, images = time.time() - start, steps * loader.batch_size
-        history.append({
-            "epoch": epoch + 1, "lr": lr, "loss": loss, "train": int(right) / images,
-            "raw": accuracy(net, loader.test()), "averaged": accuracy(average, loader.test()),
-            "seconds": seconds, "speed": images / seconds})
-        print(ROW.format(**history[-1]), flush=True)
+        row["raw"] = accuracy(net, loader.test())
+        row["averaged"] = accuracy(average, loader.test())
+        history.append(row)
+        print(ROW.format(**row), flush=True)
         if epoch + 1 == epochs or time.time() - saved >= SAVE_EVERY:
-            save_state()
+            save_run(out, settings, history, parts)
             saved = time.time()
 
-    finish(data, settings, schedule, history, average, loader, out)
+    finish_run(out, settings, history, schedule, average, loader)
     return history[-1]["averaged"]                       # of the last epoch, never of the best
 
 
+def train_epoch(net, average, step, schedule, loader, seed, epoch):
+    """Train on every batch of an epoch, averaging the weights; return what can be said of it."""
+    start, loss_sum, correct = time.time(), 0, 0
+    net.train()
+    batches = tqdm(loader.epoch(seed, epoch), f"epoch {epoch + 1}", len(loader), leave=False,
+                   disable=None)                         # None: no bar unless on a terminal
+    for k, (inputs, labels) in enumerate(batches, start=epoch * len(loader)):
+        lr = schedule.set(k)
+        loss, hits = step(inputs, labels)                # forward, backward, optimizer
+        update_average(average, net, k)                  # a <- d a + (1 - d) w
+        loss_sum += loss                                 # stays on the GPU: to ask for a number
+        correct += hits                                  # would make it wait for Python
+    images, loss = len(loader) * loader.batch_size, float(loss_sum) / len(loader)
+    seconds = time.time() - start
+    return {"epoch": epoch + 1, "lr": lr, "loss": loss, "train": int(correct) / images,
+            "seconds": seconds, "speed": images / seconds}
+
+
 def make_step(net, optimizer, scaler, loss_function=nll_loss):
-    """The function that trains on a batch: (inputs, labels) to (loss, how many right), tensors."""
+    """The function that trains on a batch: (inputs, labels) to (loss, number right), tensors."""
     device = next(net.parameters()).device
 
     def step(inputs, labels):
@@ -124,8 +111,8 @@ def make_step(net, optimizer, scaler, loss_function=nll_loss):
 
     # A graph cannot stop to ask: not whether fp16 overflowed, as the scaler must after each step,
     # nor for the learning rate, as torch's optimizers do unless they are fused or capturable.
-    asks = not (optimizer.defaults.get("fused") or optimizer.defaults.get("capturable"))
-    if device.type != "cuda" or scaler.is_enabled() or asks:
+    runs_alone = optimizer.defaults.get("fused") or optimizer.defaults.get("capturable")
+    if device.type != "cuda" or scaler.is_enabled() or not runs_alone:
         return step
     for group in optimizer.param_groups:       # a number would be frozen into the recording
         group["lr"] = torch.tensor(float(group["lr"]), device=device)
@@ -135,17 +122,15 @@ def make_step(net, optimizer, scaler, loss_function=nll_loss):
 def as_graph(step, warmup=3):
     """`step`, recorded as a CUDA graph after `warmup` calls, and from then on replayed.
 
-    step: a function of tensors that returns tensors, the shapes always the same. A whole step is
-    hundreds of kernels, which Python may take longer to launch than a GPU to run; a graph is one
-    launch. It reads and writes the same memory each time: what is given is copied there, and what
-    it returns holds until the next call.
+    step: a function of tensors that returns tensors, the shapes always the same. A step is hundreds
+    of kernels, and Python may take longer to launch them than the GPU to run them; a graph is one
+    launch. It reads and writes the same memory each time: a batch is copied there, and what it
+    returns holds until the next call.
     """
-    graph, inputs, outputs = torch.cuda.CUDAGraph(), [], []
+    graph, calls, inputs, outputs = torch.cuda.CUDAGraph(), count(), [], []
 
     def replay(*batch):
-        nonlocal warmup
-        if warmup:                             # cuDNN, cuBLAS and the optimizer prepare themselves
-            warmup -= 1
+        if next(calls) < warmup:               # cuDNN, cuBLAS and the optimizer prepare themselves
             return step(*batch)
         if not inputs:
             inputs.extend(tensor.clone() for tensor in batch)
@@ -153,8 +138,8 @@ def as_graph(step, warmup=3):
             # each: graphs of one stream would share it, and spoil each other where they overlap.
             with torch.cuda.graph(graph, stream=torch.cuda.Stream()):
                 outputs.extend(step(*inputs))
-        for mine, tensor in zip(inputs, batch):
-            mine.copy_(tensor)
+        for recorded, tensor in zip(inputs, batch):
+            recorded.copy_(tensor)
         graph.replay()
         return outputs
 
@@ -162,18 +147,19 @@ def as_graph(step, warmup=3):
 
 
 @torch.no_grad()
-def update_average(average, net, step, decay=AVERAGE_DECAY):
-    """a <- d a + (1 - d) w. First d is 0.1, 0.18, ...: untrained weights are soon forgotten."""
-    decay = min(decay, (1 + step) / (10 + step))
+def update_average(average, net, step):
+    """a <- d a + (1 - d) w. At first d is 0.1, 0.18, ...: untrained weights are soon forgotten."""
+    decay = min(AVERAGE_DECAY, (1 + step) / (10 + step))
     for a, w in zip(average.parameters(), net.parameters()):
         a.lerp_(w, 1 - decay)
 
 
 def measure_statistics(average, loader, seed, epoch):
-    """Measure BatchNorm's statistics under the averaged weights: no batch ran through them yet.
+    """Measure BatchNorm's means and variances under the averaged weights.
 
-    update_bn forgets what a network has, then averages over the batches that it is given.
-    Izmailov et al., arXiv 1803.05407, run all training images through them; a tenth is enough.
+    No training batch ever ran through these weights, so nothing was measured yet. update_bn forgets
+    what a network has, and averages over the batches that it is given. Izmailov et al., arXiv
+    1803.05407, take all training images; a tenth is enough.
     """
     sample = islice(loader.epoch(seed, epoch), math.ceil(SAMPLE / loader.batch_size))
     with autocast(loader.device):
@@ -184,38 +170,49 @@ def measure_statistics(average, loader, seed, epoch):
 def accuracy(net, batches, flip=False):
     """The share of the images that net gets right; flip: averaged with the mirror images."""
     net.eval()
-    right, seen = 0, 0
+    correct, seen = 0, 0
     for inputs, labels in batches:
         with autocast(inputs.device):
             probabilities = net(inputs).exp()                                     # (B, classes)
             if flip:
                 probabilities = probabilities + net(inputs.flip(3)).exp()
-        right += (probabilities.argmax(1) == labels).sum()
+        correct += (probabilities.argmax(1) == labels).sum()
         seen += len(labels)
-    return int(right) / seen
+    return int(correct) / seen
 
 
-def find_lr_max(net, optimizer, scaler, loader, seed, out):
-    """LRMAX by the range test on the training batches, or LR_MAX; net is left as it was."""
+def find_lr_max(net, optimizer, scaler, loader, seed, path):
+    """The Suggestion of a range test on the training batches, or None; net is left as it was."""
     start = time.time()
     batches = (batch for epoch in count() for batch in loader.epoch(seed, epoch))
-    bar = tqdm(batches, "range test", lrfinder.STEPS, leave=False, disable=None)
-    curve = lrfinder.range_test(net, optimizer, nll_loss, bar, scaler=scaler,
-                                autocast=lambda: autocast(loader.device))
-    bar.close()
-    found, words = lrfinder.report(curve, out / "lr_range.png")
-    print(f"search    {len(curve.lrs)} steps in {time.time() - start:.0f} s: {words}"
-          f"{'' if found else f'; going on with LRMAX {LR_MAX}'}", flush=True)
-    return found.lr_max if found else LR_MAX
+    with tqdm(batches, "range test", lrfinder.STEPS, leave=False, disable=None) as bar:
+        curve = lrfinder.range_test(net, optimizer, nll_loss, bar, scaler=scaler,
+                                    autocast=lambda: autocast(loader.device))
+    found, message = lrfinder.report(curve, path)
+    print(f"search    {len(curve.lrs)} steps in {time.time() - start:.0f} s: {message}", flush=True)
+    return found
 
 
-# ------------------------- what a run prints and leaves; who came for the loop may stop here
+def set_up(loader, settings):
+    """What a training and a range test start with: a network, its optimizer and its scaler."""
+    data, device = loader.data, loader.device
+    net = make_model(device, settings["seed"], len(data.classes), data.width)
+    return net, make_optimizer(net, settings["optimizer"]), make_scaler(device)
 
-def describe(data, loader):
+
+# ---------------------------- the lesson ends here; below, what a run prints, leaves and is asked
+
+SAVE_EVERY = 10           # seconds, at least, between two checkpoints
+HEADER = "epoch       lr    loss    train      raw  averaged       s  images/s"
+ROW = ("{epoch:5}{lr:9.4f}{loss:8.4f}{train:9.2%}{raw:9.2%}{averaged:10.2%}{seconds:8.1f}"
+       "{speed:10,.0f}")
+
+
+def print_device(loader):
     """Print on what, and with what, is trained."""
-    device = loader.device
+    data, device = loader.data, loader.device
     name = torch.cuda.get_device_name() if device.type == "cuda" else device.type
-    print(f"device    {name}, {torch.get_num_threads()} threads; {loader.dtype}, channels_last, "
+    print(f"device    {name}, {torch.get_num_threads()} threads; {loader.dtype}, "
           f"{loader.augment.__name__}\n"
           f"data      {data.name}: {len(data.train_images):,} to train, {len(data.test_images):,} "
           f"to test, {len(data.classes)} classes")
@@ -223,22 +220,41 @@ def describe(data, loader):
         print(f"          THIS IS NOT CIFAR-10, and the network has {data.width} channels, not 64")
 
 
-def finish(data, settings, schedule, history, average, loader, out):
-    """Write the weights and the pictures, and print the result."""
-    last, flipped = history[-1], accuracy(average, loader.test(), flip=True)
+def print_header(schedule, total, settings, out, history):
+    """Print the schedule, and the table's head with the epochs that a resumed run has behind it."""
+    epochs, peak = settings["epochs"], schedule.cycle[1]
+    print(f"schedule  {settings['optimizer']}, {epochs} epochs of {total // epochs} steps of "
+          f"{settings['batch_size']}: learning rate {schedule.at(0):.3g}, {schedule.at(peak):.3g} "
+          f"at step {peak}, {schedule.at(total - 1):.3g} at the end; seed {settings['seed']}\n"
+          f"results   {out}\n\n{HEADER}")
+    for row in history:
+        print(ROW.format(**row))
+
+
+def stop_if_diverged(row, net, settings):
+    if not (math.isfinite(row["loss"]) and all(w.isfinite().all() for w in net.parameters())):
+        sys.exit(f"epoch {row['epoch']} diverged (loss {row['loss']:.3g}) and is not saved: try "
+                 f"--lr-max {settings['lr_max'] / 4:.2g}")
+
+
+def finish_run(out, settings, history, schedule, average, loader):
+    """Print the result, then write the weights and the pictures."""
+    data, last, flipped = loader.data, history[-1], accuracy(average, loader.test(), flip=True)
+    print(f"\nlast epoch: {last['averaged']:.2%} of the test set right with averaged weights, "
+          f"{last['raw']:.2%} with raw ones\n(not the result: {flipped:.2%} with each image and "
+          f"its mirror image averaged)", flush=True)
     save(out / "model.pt", {
         "weights": average.state_dict(), "classes": data.classes, "width": data.width,
         "mean": loader.mean.cpu(), "inverse_std": loader.inverse_std.cpu(), "settings": settings,
         "last_epoch": last})
-    plot_curves(history, schedule, len(loader), out / "curves.png")
-    plot_mistakes(data, average, loader, out / "mistakes.png")
-    print(f"\nlast epoch: {last['averaged']:.2%} of the test set right with averaged weights, "
-          f"{last['raw']:.2%} with raw ones\n(not the result: {flipped:.2%} with each image and "
-          f"its mirror image averaged)\n{out} holds model.pt, history.json, curves.png and "
-          f"mistakes.png")
+    plot_curves(history, schedule, len(loader), data, out / "curves.png")
+    plot_mistakes(average, loader, out / "mistakes.png")
+    print(f"{out} holds model.pt, history.json, curves.png and mistakes.png")
     if not data.real:
         print(f"THIS IS NOT CIFAR-10 but {data.name}; --data in -h tells how to get the real ones")
 
+
+# ------------------------------------------------------------------------------------ pictures
 
 def new_figure(width, height):
     """A matplotlib Figure on white, which, unlike pyplot, needs no screen."""
@@ -246,226 +262,231 @@ def new_figure(width, height):
     return Figure(figsize=(width, height), layout="constrained", facecolor="white")
 
 
-def plot_curves(history, schedule, steps, path):
+def plot_curves(history, schedule, steps, data, path):
     """Accuracy and loss against the epoch, with the learning rate underneath."""
     epochs = [row["epoch"] for row in history]
     rates = [schedule.at(k) for k in range(len(history) * steps)]
     figure = new_figure(8, 6)
-    top, middle, below = figure.subplots(3, 1, height_ratios=(3, 1, 1), sharex=True)
-    for key, style in (("averaged", "-"), ("raw", "--"), ("train", ":")):
-        top.plot(epochs, [100 * row[key] for row in history], style, label=key)
-    top.axhline(90, color="grey", linewidth=0.8)
+    top, middle, below = axes = figure.subplots(3, 1, height_ratios=(3, 1, 1), sharex=True)
+    for key, style in (("averaged", "o-"), ("raw", "o--"), ("train", "o:")):
+        top.plot(epochs, [100 * row[key] for row in history], style, markersize=3, label=key)
+    if data.name == "CIFAR-10":
+        top.axhline(90, color="grey", linewidth=0.8)     # what the assignment asks for
     top.set(ylabel="accuracy in %", title="test set: averaged and raw weights; train: augmented")
     top.legend(loc="lower right")
-    middle.plot(epochs, [row["loss"] for row in history], color="tab:red")
+    middle.plot(epochs, [row["loss"] for row in history], "o-", markersize=3, color="tab:red")
     middle.set(ylabel="training loss", ylim=(0, None))
     below.plot([k / steps for k in range(len(rates))], rates, color="black")
     below.set(xlabel="epoch", ylabel="learning rate", ylim=(0, 1.5 * max(rates)))
     peak = rates.index(max(rates)) / steps
     below.annotate(f"LRMAX {max(rates):.3g}", (peak, max(rates)), (6, 2),
                    textcoords="offset points")
-    for ax in (top, middle, below):
+    for ax in axes:
         ax.axvline(peak, color="grey", linewidth=0.8)
     figure.savefig(path, dpi=100)
 
 
 @torch.no_grad()
-def plot_mistakes(data, net, loader, path):
-    """The 16 mistakes of which net was most sure, and the accuracy of each class."""
+def plot_mistakes(net, loader, path):
+    """The 16 mistakes of which net was most sure, and the classes with the lowest accuracy."""
+    data, figure = loader.data, new_figure(9, 5)
     net.eval()
     with autocast(loader.device):
         outputs = torch.cat([net(inputs).cpu() for inputs, _ in loader.test()])   # (N, classes)
     confidence, guess = outputs.exp().max(1)
     wrong = guess != data.test_labels
-    worst = torch.where(wrong, confidence, 0).argsort(descending=True)[:min(16, int(wrong.sum()))]
-    figure = new_figure(9, 5)
     left, right = figure.subfigures(1, 2, width_ratios=(3, 2))
-    axes = left.subplots(4, 4).flatten()
-    for ax in axes:
-        ax.axis("off")
-    for ax, k in zip(axes, worst.tolist()):
+    surest = sorted(wrong.nonzero()[:, 0].tolist(), key=lambda k: -confidence[k])
+    for place, k in enumerate(surest[:16], start=1):
+        ax = left.add_subplot(4, 4, place)
         ax.imshow(data.test_images[k].numpy())
+        ax.set_axis_off()
         ax.set_title(f"{data.classes[guess[k]]} {confidence[k]:.0%}\n"
                      f"is {data.classes[data.test_labels[k]]}", fontsize=8)
-    share = [100 * (~wrong[data.test_labels == c]).float().mean().item()
-             for c in range(len(data.classes))]
+    present = data.test_labels.unique().tolist()
+    correct = {c: 100 * (~wrong[data.test_labels == c]).float().mean().item() for c in present}
+    lowest = sorted(present, key=correct.get)[:20]               # more would not be legible
     ax = right.subplots()
-    bars = ax.barh(data.classes, share)
+    bars = ax.barh(range(len(lowest)), [correct[c] for c in lowest])
     ax.bar_label(bars, fmt="%.1f", padding=2)
+    ax.set_yticks(range(len(lowest)), [data.classes[c] for c in lowest])
     ax.invert_yaxis()
-    ax.set(xlabel="accuracy in %", xlim=(0, 125), xticks=(0, 50, 100), title="by class")
+    ax.set(xlabel="accuracy in %", xlim=(0, 125), xticks=(0, 50, 100),
+           title="by class" if len(lowest) == len(present) else "the 20 worst classes")
     figure.savefig(path, dpi=100)
+
+
+# --------------------------------------------------------------------------- files of a run
+
+def begin_run(out, settings, parts, checkpoint):
+    """Load the checkpoint into the parts, or claim the folder of a new run; return the history."""
+    if checkpoint:
+        # The rates are the schedule's and the constants the code's: neither is restored.
+        checkpoint["optimizer"]["param_groups"] = parts["optimizer"].state_dict()["param_groups"]
+        for name, part in parts.items():
+            if checkpoint[name]:                         # empty where a scaler does nothing
+                part.load_state_dict(checkpoint[name])
+        return checkpoint["history"]
+    out.mkdir(parents=True, exist_ok=True)
+    try:
+        (out / "history.json").touch(exist_ok=False)     # only one of two runs can
+    except FileExistsError:
+        sys.exit(f"{out} holds a run: go on with --resume {out}, or name another --out")
+    try:
+        save_run(out, settings, [], parts)               # --resume can go on from now on
+    except BaseException:
+        (out / "history.json").unlink()                  # nothing was saved: the folder is free
+        raise
+    return []
+
+
+def save_run(out, settings, history, parts):
+    """Write checkpoint.pt, which --resume reads, and history.json, which people read."""
+    states = {name: part.state_dict() for name, part in parts.items()}
+    save(out / "checkpoint.pt", {"settings": settings, "history": history, **states})
+    (out / "history.json").write_text(json.dumps({**settings, "history": history}, indent=1))
 
 
 def save(path, content):
     """Write a file aside, then rename it: whatever happens, path is whole, the old or the new."""
     aside = path.with_suffix(".partial")
     try:
-        with open(aside, "wb") as file:
-            torch.save(content, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(aside, path)
+        torch.save(content, aside)
+        for patience in (0.1, 0.5, 2, 0):                # Windows: a virus scanner may look at it
+            try:
+                os.replace(aside, path)
+                break
+            except PermissionError:
+                if not patience:
+                    raise
+                time.sleep(patience)
     except (OSError, RuntimeError) as error:             # torch.save raises both
         aside.unlink(missing_ok=True)
-        sys.exit(f"cannot write {path} ({error}): is the disk full or read-only? What was saved "
-                 f"before is whole")
+        sys.exit(f"cannot write {path} ({error}); what was saved before is whole")
 
 
-def save_run(out, settings, history, *parts):
-    """Write checkpoint.pt, which --resume reads, and history.json, which people read."""
-    states = [settings, history, *(part.state_dict() for part in parts)]
-    save(out / "checkpoint.pt", dict(zip(CHECKPOINT, states)))
-    (out / "history.json").write_text(json.dumps({**settings, "history": history}, indent=1))
-
-
-def read_checkpoint(folder):
+def read_checkpoint(path):
     """What save_run wrote: every checksum is tested, which torch.load does not; no code is run."""
-    path = folder if folder.name == "checkpoint.pt" else folder / "checkpoint.pt"
     try:
         with zipfile.ZipFile(path) as archive:
             damaged = archive.testzip()
         if damaged:
             raise zipfile.BadZipFile(f"wrong checksum in {damaged}")
         content = torch.load(path, map_location="cpu", weights_only=True)
-        return {name: content[name] for name in CHECKPOINT}
+        names = "settings", "history", "net", "average", "optimizer", "scaler"
+        return {name: content[name] for name in names}
     except FileNotFoundError:
         sys.exit(f"there is no {path} to go on with")
     except Exception as error:                           # damage shows in a dozen ways
         sys.exit(f"{path} is damaged, or no checkpoint of train.py ({error})")
 
 
-def restore(checkpoint, net, average, optimizer, scaler):
-    """Load a checkpoint into the parts of a run; return its history."""
-    fresh = [float(group["lr"]) for group in optimizer.param_groups]
-    net.load_state_dict(checkpoint["net"])
-    average.load_state_dict(checkpoint["average"])
-    optimizer.load_state_dict(checkpoint["optimizer"])
-    if checkpoint["scaler"]:                             # empty where it does nothing
-        scaler.load_state_dict(checkpoint["scaler"])
-    # The schedule sets the rates, and reads their ratio; the run may come from another device.
-    for group, lr in zip(optimizer.param_groups, fresh):
-        group["lr"], group["fused"] = lr, optimizer.defaults["fused"]
-    return checkpoint["history"]
+def free_folder():
+    """Make the first free one of runs/1, runs/2, ..."""
+    Path("runs").mkdir(exist_ok=True)
+    for k in count(1):
+        try:
+            Path(f"runs/{k}").mkdir()
+            return Path(f"runs/{k}")
+        except FileExistsError:
+            pass
 
 
 # ------------------------------------------------------------------------------ the command line
 
-def between(kind, least, most):
-    """A type for argparse: a number of that kind from least to most."""
-    def convert(text):
-        if not least <= kind(text) <= most:
-            raise argparse.ArgumentTypeError(f"{text} does not lie in {least} .. {most}")
-        return kind(text)
-    convert.__name__ = kind.__name__                     # argparse names it: invalid int value
-    return convert
+LIMITS = {"epochs": (1, 10_000), "batch_size": (1, 10**6), "lr_max": (1e-9, 1e9),
+          "seed": (0, 2**62), "runs": (1, 10_000)}
 
 
-def make_parser():
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    add = parser.add_argument
-    add("--data", metavar="SET", help="auto: CIFAR-10, downloaded if need be, else drawn shapes "
-        "(default); cifar10; synthetic: drawn shapes; or an .npz with train_images, train_labels, "
-        "test_images and test_labels: uint8 N x 32 x 32 x 3 and integers")
-    add("--data-dir", metavar="DIR", help="where CIFAR-10 is, or is downloaded to (data)")
-    add("--epochs", metavar="N", type=between(int, 1, 10_000), help="(24; on drawn shapes fewer)")
-    add("--batch-size", metavar="N", type=between(int, 1, 10**6), help="(512; on shapes smaller)")
-    add("--lr-max", metavar="LR", type=between(float, 1e-9, 1e9), help="LRMAX, without a search")
-    add("--seed", metavar="N", type=between(int, 0, 2**31 - 1), help="(0)")
-    add("--runs", metavar="N", type=between(int, 1, 10_000),
-        help="train with N seeds, from --seed on; mean and std")
-    add("--out", metavar="DIR", help="folder for the results (the first free one of runs/1, ...)")
-    add("--resume", metavar="DIR", help="go on with the run in DIR; of the other options, only "
-        "--data and --data-dir go with it")
+def make_parser(only_search):
+    parser = argparse.ArgumentParser(argument_default=argparse.SUPPRESS, description=(
+        lrfinder if only_search else sys.modules[__name__]).__doc__.split("\n")[0])
+    add, path = parser.add_argument, os.path.expanduser
+    add("--data", metavar="SET", type=path, help="auto: CIFAR-10, downloaded if need be, else "
+        "drawn shapes (default); cifar10; synthetic: drawn shapes; or an .npz with train_images, "
+        "train_labels, test_images and test_labels: uint8 N x 32 x 32 x 3 and integers")
+    add("--data-dir", metavar="DIR", type=path,
+        help="where CIFAR-10 is, or is downloaded to (data)")
+    add("--optimizer", choices=("muon", "sgd"), help="(muon)")
+    add("--batch-size", metavar="N", type=int, help="(512; of few images, all; on shapes 64)")
+    add("--seed", metavar="N", type=int, help="(0)")
+    if not only_search:
+        add("--epochs", metavar="N", type=int, help="(24; on drawn shapes 8)")
+        add("--lr-max", metavar="LR", type=float, help="LRMAX, without a search")
+        add("--runs", metavar="N", type=int,
+            help="train with N seeds, from --seed on; mean and std")
+        add("--out", metavar="DIR", type=path,
+            help="folder for the results (the first free one of runs/1, ...)")
+        add("--resume", metavar="DIR", type=path, help="go on with the run in DIR; of the other "
+            "options, only --data and --data-dir go with it")
     return parser
 
 
-def make_folder(out):
-    """Claim the folder of a new run: `out`, or the first free one of runs/1, runs/2, ..."""
-    if out is None:
-        for k in count(1):
-            out = f"runs/{k}"
-            try:
-                Path(out).mkdir(parents=True)
-                break
-            except FileExistsError:
-                pass
-    out = Path(out)
-    out.mkdir(parents=True, exist_ok=True)
+def run(parser, only_search):
+    """What the command line asks for: one run, a resumed one, --runs of them, or only a search."""
+    given = vars(parser.parse_args())                    # without what was left out
+    for name, (least, most) in LIMITS.items():
+        if not least <= given.get(name, least) <= most:
+            parser.error(f"--{name.replace('_', '-')} must lie in {least} .. {most}")
+    if "resume" in given and given.keys() - {"resume", "data", "data_dir"}:
+        parser.error("--resume takes the run's own settings: leave out all but --data, --data-dir")
+    out, runs, resume = given.pop("out", None), given.pop("runs", None), given.pop("resume", None)
+    settings = {"data": "auto", "data_dir": "data", "optimizer": "muon", "lr_max": None, "seed": 0}
+    if resume:
+        folder = Path(resume.removesuffix("checkpoint.pt"))
+        checkpoint = read_checkpoint(folder / "checkpoint.pt")
+        settings |= checkpoint["settings"]
+    settings |= given
     try:
-        (out / "history.json").touch(exist_ok=False)     # only one of two runs can
-    except FileExistsError:
-        sys.exit(f"{out} holds a run: go on with --resume {out}, or name another --out")
-    return out
+        data, device = load(settings["data"], settings["data_dir"]), pick_device()
+    except (OSError, ValueError) as error:
+        sys.exit(f"error: {error}")
+    settings = {"epochs": data.epochs, "batch_size": data.batch_size, **settings}
+    size = [len(data.train_images), len(data.test_images), len(data.classes)]
+    if settings.setdefault("size", size) != size:
+        sys.exit(f"{data.name} has {size} images to train and test, and classes; this run has "
+                 f"{settings['size']}: name its images with --data or --data-dir")
+    loader = Loader(data, settings["batch_size"], precision(device), device)
+    settings["batch_size"] = loader.batch_size
+    print_device(loader)
+
+    if only_search:                                      # python lrfinder.py
+        found = find_lr_max(*set_up(loader, settings), loader, settings["seed"],
+                            Path("lr_range.png"))
+        sys.exit(not found)
+    if resume:
+        return train(loader, settings, folder, checkpoint)
+    folder, results = Path(out) if out else free_folder(), []
+    for seed in range(settings["seed"], settings["seed"] + (runs or 1)):
+        results.append(train(loader, {**settings, "seed": seed},
+                             folder / f"seed{seed}" if runs else folder))
+    if len(results) > 1:
+        print(f"\n{runs} runs: {statistics.mean(results):.2%} +- {statistics.stdev(results):.2%} "
+              f"(min {min(results):.2%}, max {max(results):.2%}), averaged weights, last epoch")
 
 
 def reuse_freed_memory():
-    """Let glibc keep freed memory, not map new pages: a step 8.05 -> 7.1 s on two Zen 3 cores."""
+    """Let glibc keep freed memory, not map new pages: a step 0.48 -> 0.43 s on two Zen 5 cores."""
     libc = ctypes.CDLL(None) if sys.platform == "linux" else None
     if hasattr(libc, "mallopt"):
         libc.mallopt(-4, 0)              # M_MMAP_MAX: no mappings ...
         libc.mallopt(-1, 2**31 - 1)      # M_TRIM_THRESHOLD: ... and nothing given back
 
 
-def run(args, parser):
-    """What the command line asks for: one run, a resumed one, or --runs of them."""
-    fixed = ("epochs", "batch_size", "lr_max", "seed", "runs", "out")
-    given = [f"--{name.replace('_', '-')}" for name in fixed if getattr(args, name) is not None]
-    if args.resume and given:
-        parser.error(f"--resume takes the run's own settings: leave out {', '.join(given)}")
-    if (args.seed or 0) + (args.runs or 1) > 2**31:
-        parser.error(f"--runs {args.runs}: there are no {args.runs} seeds from --seed on")
-    checkpoint = read_checkpoint(Path(args.resume)) if args.resume else None
-    settings = checkpoint["settings"] if checkpoint else {
-        "data": "auto", "data_dir": "data", "epochs": args.epochs, "batch_size": args.batch_size,
-        "lr_max": args.lr_max, "seed": args.seed or 0}
-    settings["data"] = args.data or settings["data"]
-    settings["data_dir"] = args.data_dir or settings["data_dir"]
-    try:
-        data = load(settings["data"], settings["data_dir"])
-    except (OSError, ValueError) as error:
-        sys.exit(f"error: {error}")
-    size = [len(data.train_images), len(data.test_images), len(data.classes)]
-    if settings.setdefault("size", size) != size:
-        sys.exit(f"{data.name} has {size} images to train and test, and classes; this run has "
-                 f"{settings['size']}: name its images with --data or --data-dir")
-    settings["epochs"] = settings["epochs"] or data.epochs
-    settings["batch_size"] = settings["batch_size"] or min(data.batch_size, size[0])
-    if settings["batch_size"] > size[0]:
-        parser.error(f"--batch-size {settings['batch_size']}: there are {size[0]} training images")
-
-    if checkpoint:
-        folder = Path(args.resume)
-        return train(data, settings, checkpoint, folder if folder.is_dir() else folder.parent)
-    out = make_folder(args.out)
-    if not args.runs:
-        return train(data, settings, None, out)
-    results = []
-    for seed in range(settings["seed"], settings["seed"] + args.runs):
-        folder = make_folder(out / f"seed{seed}")
-        results.append(train(data, {**settings, "seed": seed}, None, folder))
-    if args.runs > 1:
-        print(f"\n{args.runs} runs: {statistics.mean(results):.2%} +- "
-              f"{statistics.stdev(results):.2%} (min {min(results):.2%}, max {max(results):.2%}), "
-              f"averaged weights, last epoch")
-
-
-def main():
-    if hasattr(sys.stdout, "reconfigure"):               # a notebook's has not
+def main(only_search=False):
+    if hasattr(sys.stdout, "reconfigure"):                    # a notebook's has not
         sys.stdout.reconfigure(errors="backslashreplace")     # a terminal may not know a letter
-    os.environ["MPLBACKEND"] = "agg"                     # a notebook's may be missing here
-    parser = make_parser()
-    args = parser.parse_args()
-    reuse_freed_memory()
+    if not hasattr(sys, "ps1"):                               # a notebook's memory is not ours
+        reuse_freed_memory()
     try:
-        run(args, parser)
+        run(make_parser(only_search), only_search)
     except KeyboardInterrupt:
         print("\ninterrupted: --resume goes on from the last checkpoint", file=sys.stderr)
         sys.exit(130)
     except torch.OutOfMemoryError:
         sys.exit("error: the GPU's memory is full: try a smaller --batch-size")
     except OSError as error:
-        sys.exit(f"error: {error}")
+        sys.exit(f"error: {error}; name another folder with --out")
 
 
 if __name__ == "__main__":

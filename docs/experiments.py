@@ -24,6 +24,7 @@ each run, in place of 6.0.
 import argparse
 import copy
 import json
+import math
 import os
 import statistics
 import time
@@ -40,7 +41,7 @@ from train import (AVERAGE_DECAY, PEAK, accuracy, make_step, measure_statistics,
                    reuse_freed_memory, update_average)
 
 RESULTS = Path(__file__).with_name("experiments.jsonl")
-ON_TEST_SET = "headline", "sgd", "muon"      # headline: train.py --runs 10
+ON_TEST_SET = "headline", "sgd", "muon", "rise", "map", "map no rise"
 LR = {"muon": 0.1, "sgd": 0.2}           # about what the range test finds for each
 ARM = {"optimizer": "muon", "schedule": "one cycle", "lr": None, "ratio": 10, "epochs": 24,
        "smoothing": 0.0, "sharpness": 1.0, "decay": AVERAGE_DECAY, "momentum": None,
@@ -65,6 +66,15 @@ def arms_of(part):
     if part == "recipe":
         return [{}, {"smoothing": 0.1}, {"smoothing": 0.2}, {"decay": 0.995}, {"sharpness": 2.0},
                 {"sharpness": 8.0}, {"flip": "coin"}, {"momentum": 0.9}, {"weight_decay": 0.0}]
+    if part == "rise":
+        return [{"optimizer": "sgd", "schedule": s, "lr": lr} for lr in (0.2, 0.4, 0.1)
+                for s in ("one cycle", "no rise", "annihilated", "linear")]
+    if part == "map":
+        return [{"optimizer": "sgd", "epochs": 12, "lr": lr, "weight_decay": decay}
+                for decay in (1e-3, 2.5e-4, 4e-3) for lr in (0.2, 0.8, 0.05, 0.4, 0.1, 1.6)]
+    if part == "map no rise":
+        return [{"optimizer": "sgd", "epochs": 12, "lr": lr, "schedule": "no rise"}
+                for lr in (0.2, 0.8, 0.05, 0.4, 0.1, 1.6)]
     raise SystemExit(f"there is no part {part}: see -h")
 
 
@@ -89,6 +99,12 @@ def rate(arm, step, total):
     lr, schedule = arm["lr"], arm["schedule"]
     if schedule == "constant":
         return lr
+    if schedule == "no rise":
+        return lr - (lr - lr / 10) * step / (total - 1)
+    if schedule == "linear":
+        return lr * (1 - step / total)
+    if schedule == "cosine":
+        return lr * (1 + math.cos(math.pi * step / total)) / 2
     if schedule == "steps":              # the ordinary one: a tenth after 1/2 and after 3/4
         return lr * (1 if step < total / 2 else 0.1 if step < 3 * total / 4 else 0.01)
     peak = round(total * PEAK)
@@ -112,13 +128,13 @@ def epoch_of(loader, seed, epoch, flip):
     if flip == "alternating":
         return loader.epoch(seed, epoch)
     images = len(loader.train_images)
-    draws = draw_epoch(images, seed, epoch, loader.device)
-    draws[:, FLIP] = draw_epoch(images, seed, 2**31 + epoch, loader.device)[:, INDEX] % 2
+    draws = draw_epoch(images, seed, epoch).to(loader.device)
+    draws[:, FLIP] = draw_epoch(images, seed, 2**31 + epoch)[:, INDEX].to(loader.device) % 2
     return loader.batches(loader.train_images, loader.train_labels,
                           draws[:len(loader) * loader.batch_size], loader.batch_size)
 
 
-def training(loader, arm, seed, width, compiled):
+def training(loader, arm, seed, width, compiled, held_out):
     """A run as a generator, which stops after each step and returns what it reached, by name.
 
     `history` is a list of (epoch, raw, averaged accuracy), every fourth epoch; the other values are
@@ -149,13 +165,16 @@ def training(loader, arm, seed, width, compiled):
             for a, b in zip(averages, statistics_of(net)):       # as update_average does it
                 a.lerp_(b, 1 - min(arm["decay"], (1 + k) / (10 + k)))
             yield
-        if epoch % 4 == 3 or epoch == epochs - 1:                # a CPU measures for 6 s
+        if epoch % 4 == 3 and epochs >= 24 or epoch == epochs - 1:                # a CPU measures for 6 s
             measure_statistics(average, loader, seed, epoch)
             raw.load_state_dict(net.state_dict())
             history.append((epoch + 1, accuracy(raw, loader.test()),
                             accuracy(average, loader.test())))
     result = {"history": history, "raw": history[-1][1], "averaged": history[-1][2],
               "flipped": accuracy(average, loader.test(), flip=True)}
+    if held_out:
+        result["held out"] = {"raw": accuracy(net, held_out.test()),
+                              "averaged": accuracy(average, held_out.test())}
     measure_statistics(raw, loader, seed, epoch)
     result["raw, measured"] = accuracy(raw, loader.test())
     for a, b in zip(averages, statistics_of(average)):
@@ -228,6 +247,9 @@ def main():
         for part, arm, changes, seed in todo:
             if time.time() - start > args.seconds:
                 return
+            key = json.dumps([part, changes, seed, args.width, args.images])
+            if args.out.exists() and any(json.dumps([r["part"], r["arm"], r["seed"], r["width"], r["images"]]) == key and "held out" in r for r in map(json.loads, args.out.read_text().splitlines())):
+                continue
             arm["lr"] = arm["lr"] or best_rate(args.out, arm["optimizer"], arm["schedule"],
                                                args.width)
             yield complete(part, arm, changes, seed)
@@ -236,7 +258,8 @@ def main():
         """A training whose result is the whole row."""
         began = time.time()
         loader = loaders["test" if part.split("-")[0] in ON_TEST_SET else "held out"]
-        result = yield from training(loader, arm, seed, args.width, args.compile)
+        other = loaders["held out"] if loader is loaders["test"] and (args.images or 10**6) <= 40000 else None
+        result = yield from training(loader, arm, seed, args.width, args.compile, other)
         return {"part": part, "arm": changes, "lr": arm["lr"], "epochs": arm["epochs"],
                 "seed": seed, "machine": machine, "width": args.width, "images": args.images,
                 **result, "seconds": time.time() - began}
