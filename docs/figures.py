@@ -1,0 +1,109 @@
+"""Pictures of the README that no run leaves: python -m docs.figures [--data-dir data]
+
+    img/schedule.png      the cycle, with and without annihilation
+    img/augmented.png     each step of the augmentation, then three epochs (of CIFAR-10)
+    img/experiment.png    schedules against epochs, from experiments.jsonl
+"""
+import argparse
+from pathlib import Path
+
+import numpy as np
+import torch
+from matplotlib.figure import Figure
+
+from data import (CUT_X, CUT_Y, FLIP, INDEX, LEFT, PAD, SIZE, TOP, augment, draw_epoch, load,
+                  normalisation, plain_draws)
+from docs.experiments import read
+from docs.tables import NAMES, pick
+from onecycle import one_cycle
+
+IMG = Path(__file__).parent.parent / "img"
+
+
+def new_figure(width, height):
+    return Figure(figsize=(width, height), layout="constrained", facecolor="white")
+
+
+def schedule():
+    """The cycle in units of LRMAX: 24 epochs of 97 steps, the peak after 5."""
+    total, peak = 24 * 97, 5 * 97
+    figure = new_figure(8, 3.2)
+    ax = figure.subplots()
+    for label, style, end in (("one cycle, as here", "-", 0.1), ("with annihilation", ":", 0)):
+        ax.plot([one_cycle(k, total, peak, 1, end=end) for k in range(total)], style, label=label,
+                linewidth=2)
+    for step, name, offset in ((0, "LRMIN", (8, -4)), (peak, "LRMAX", (8, 2)),
+                               (total - 1, "LRMIN", (-66, 70))):
+        lr = one_cycle(step, total, peak, 1)
+        ax.plot(step, lr, "o", color="black", markersize=4)
+        ax.annotate(f"{name}, step {step}", (step, lr), offset, textcoords="offset points",
+                    arrowprops={"arrowstyle": "-", "color": "grey"} if step == total - 1 else None)
+    ax.set(xlabel="step (one batch)", ylabel="learning rate / LRMAX", ylim=(0, 1.15))
+    ax.legend(loc="upper right", frameon=False)
+    return figure
+
+
+def augmented(data, images=5):
+    """A row an image: stored, padded, cropped, flipped, cut out; then three epochs."""
+    titles = ("stored", "padded by 4", "cropped", "flipped", "cut out",
+              "epoch 1", "epoch 2", "epoch 3")
+    epochs = [draw_epoch(images, 0, epoch) for epoch in range(3)]              # (images, 6) each
+    epochs = [draws[draws[:, INDEX].argsort()] for draws in epochs]
+    stages = plain_draws(images).repeat(4, 1, 1)                               # (4, images, 6)
+    stages[1:, :, [TOP, LEFT]] = torch.tensor([1, 8], dtype=torch.int32)       # up and right
+    stages[2:, :, FLIP] = 1
+    stages[3, :, [CUT_Y, CUT_X]] = epochs[0][:, [CUT_Y, CUT_X]]
+    mean, inverse_std = normalisation(data.train_images)
+    values = augment(data.train_images, torch.cat([*stages, *epochs]), mean, inverse_std,
+                     torch.float32)
+    values = values.permute(0, 2, 3, 1) / inverse_std + mean                   # 0 .. 255 again
+    columns = [*values.round().byte().view(7, images, SIZE, SIZE, 3).numpy()]
+    columns.insert(1, np.pad(columns[0], ((0, 0), (PAD, PAD), (PAD, PAD), (0, 0)), "reflect"))
+    figure = new_figure(len(titles), images * 1.02 + 0.3)
+    axes = figure.subplots(images, len(titles))
+    for row, column in np.ndindex(axes.shape):
+        axes[row, column].imshow(columns[column][row])
+        axes[row, column].set_axis_off()
+        axes[0, column].set_title(titles[column], fontsize=9)
+    return figure
+
+
+def experiment(rows):
+    """Accuracy against epochs at full size: raw weights on the left, averaged on the right."""
+    arms = [("sgd", "one cycle", "tab:blue", "-"), ("sgd", "annihilated", "tab:green", "-"),
+            ("sgd", "constant", "tab:red", "-"), ("sgd", "steps", "tab:orange", "-"),
+            ("sgd-48", "steps", "tab:orange", "--"), ("sgd-120", "steps", "tab:orange", ":")]
+    figure = new_figure(9, 4.6)
+    panels = figure.subplots(1, 2)
+    for ax, key, title, span in zip(panels, (1, 2), ("raw weights", "averaged weights"), (20, 5)):
+        for part, name, colour, style in arms:
+            same = pick(rows, part, schedule=name)
+            by_epoch = [{entry[0]: 100 * entry[key] for entry in row["history"]} for row in same]
+            x = sorted(set.intersection(*map(set, by_epoch)))
+            curves = np.array([[reached[epoch] for epoch in x] for reached in by_epoch])
+            ax.plot(x, curves.mean(0), style, color=colour, marker="o", markevery=[-1],
+                    label=f"{NAMES[name]}, {x[-1]} epochs (n = {len(same)})")
+            ax.fill_between(x, curves.min(0), curves.max(0), color=colour, alpha=0.15, linewidth=0)
+        top, ticks = ax.get_ylim()[1], (4, 8, 12, 16, 24, 48, 120)
+        ax.set(xlabel="epoch", title=title, xscale="log", xlim=(4, 132), ylim=(top - span, top))
+        ax.set_xticks(ticks, ticks)
+        ax.minorticks_off()
+        ax.grid(axis="y", alpha=0.3)
+    panels[0].set(ylabel="accuracy on the test set in %")
+    figure.legend(*panels[1].get_legend_handles_labels(), loc="outside lower center", ncols=3,
+                  fontsize="small", handlelength=4)
+    figure.suptitle("SGD; shaded from the lowest run to the highest", fontsize="medium")
+    return figure
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--data-dir", default="data")
+    args = parser.parse_args()
+    schedule().savefig(IMG / "schedule.png", dpi=110)
+    augmented(load("cifar10", args.data_dir)).savefig(IMG / "augmented.png", dpi=100)
+    experiment(read()).savefig(IMG / "experiment.png", dpi=100)
+
+
+if __name__ == "__main__":
+    main()

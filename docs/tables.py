@@ -1,0 +1,219 @@
+"""Tables and pictures of experiments.jsonl, so that no figure is copied by hand.
+
+    python -m docs.tables        writes each table between its two markers in README.md and
+                                 docs/measurements.md, and img/experiment.png, rise.png and map.png
+
+± is the standard deviation over runs; that of a difference is its standard error.
+"""
+import re
+import statistics
+from pathlib import Path
+
+from docs.experiments import read
+
+HERE = Path(__file__).parent
+PAGES = HERE.parent / "README.md", HERE / "measurements.md"
+NAMES = {"one cycle": "one cycle", "annihilated": "one cycle to zero", "constant": "constant",
+         "steps": "step decay", "no rise": "no rise, to LRMIN", "linear": "no rise, to zero"}
+
+
+def pick(rows, part, width=64, images=None, **arm):
+    """The rows of a part whose arm has these values."""
+    return [row for row in rows if row["part"] == part and row["width"] == width
+            and row["images"] == images and arm.items() <= row["arm"].items()]
+
+
+def mean(rows, *path, digits=2):
+    """mean ± standard deviation in %, as text."""
+    values = []
+    for row in rows:
+        for key in path:
+            row = row[key]
+        values.append(100 * row)
+    if not values:
+        return ""
+    spread = f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
+    return f"{statistics.mean(values):.{digits}f}{spread}"
+
+
+def difference(a, b):
+    """mean ± standard error of the difference of paired values in points, as text."""
+    pairs = [100 * (x - y) for x, y in zip(a, b, strict=True)]
+    error = f" ± {statistics.stdev(pairs) / len(pairs) ** 0.5:.2f}" if len(pairs) > 1 else ""
+    return f"{statistics.mean(pairs):+.2f}{error}"
+
+
+def each(rows, key):
+    return ", ".join(f"{100 * row[key]:.2f}" for row in rows)
+
+
+def lines(head, body):
+    cells = [head, ["---"] * len(head), *body]
+    return "\n".join("| " + " | ".join(map(str, row)) + " |" for row in cells)
+
+
+def schedules(rows):
+    """The README's table: what ends where, at full size on the test set."""
+    body = []
+    for part, optimizer, schedule, text, epochs in (
+            ("sgd", "sgd", "one cycle", "0.02, up to 0.2, down to 0.02", 24),
+            ("sgd", "sgd", "annihilated", "0.02, up to 0.2, down to 0", 24),
+            ("sgd", "sgd", "constant", "0.1", 24),
+            ("sgd", "sgd", "steps", "0.2; 0.02 after 1/2, 0.002 after 3/4", 24),
+            ("sgd-48", "sgd", "steps", "the same", 48), ("sgd-120", "sgd", "steps", "the same", 120),
+            ("muon", "muon", "one cycle", "0.01, up to 0.1, down to 0.01", 24),
+            ("muon", "muon", "annihilated", "0.01, up to 0.1, down to 0", 24)):
+        same = pick(rows, part, optimizer=optimizer, schedule=schedule)
+        name = f"{'SGD' if optimizer == 'sgd' else 'Muon'}, {NAMES[schedule]}"
+        body.append([name, text, epochs, mean(same, "raw"), mean(same, "averaged"), len(same)])
+    return lines(["schedule", "learning rate", "epochs", "raw weights", "averaged weights", "n"],
+                 body)
+
+
+def runs(rows, part, width, images):
+    """Every run of a part, with the mean."""
+    body = []
+    for optimizer, schedule in (("sgd", "one cycle"), ("sgd", "annihilated"), ("sgd", "constant"),
+                                ("sgd", "steps"), ("muon", "one cycle"), ("muon", "annihilated")):
+        for name in (part, f"{part}-48", f"{part}-120", "muon"):
+            same = pick(rows, name, width, images, optimizer=optimizer, schedule=schedule)
+            if same:
+                body.append([f"{'SGD' if optimizer == 'sgd' else 'Muon'}, {NAMES[schedule]}",
+                             same[0]["arm"]["lr"], same[0]["arm"].get("epochs", 24),
+                             *(f"{mean(same, key)} ({each(same, key)})"
+                               for key in ("averaged", "raw", "flipped"))])
+    return lines(["", "top rate", "epochs", "averaged", "raw", "averaged over flips"], body)
+
+
+def apart(rows, width, images):
+    """Raw and averaged weights, each with several kinds of batch statistics."""
+    body = []
+    for part, schedule in (("sgd", "one cycle"), ("sgd", "annihilated"), ("sgd", "constant"),
+                           ("sgd", "steps"), ("muon", "one cycle"), ("muon", "annihilated")):
+        same = [row for row in pick(rows, part, width, images, schedule=schedule)
+                if "averaged, averaged statistics" in row]
+        if same:
+            body.append([f"{'SGD' if part == 'sgd' else 'Muon'}, {NAMES[schedule]}"] + [
+                f"{statistics.mean(100 * row[key] for row in same):.2f}" for key in (
+                    "raw", "raw, measured", "averaged, averaged statistics", "averaged")]
+                + [len(same)])
+    return lines(["", "raw, running", "raw, measured", "averaged, averaged", "averaged, measured",
+                  "n"], body)
+
+
+def grid(rows, part, width, images, rates, arms, ndigits=2):
+    """Averaged / raw accuracy on held-out images, a column a rate."""
+    body = []
+    for name, arm in arms:
+        cells = []
+        for rate in rates:
+            same = pick(rows, part, width, images, lr=rate, **arm)
+            cells.append(f"{mean(same, 'held out', 'averaged')} / {mean(same, 'held out', 'raw')}"
+                         if same else "")
+        body.append([name, *cells])
+    return lines(["rate", *map(str, rates)], body)
+
+
+def recipe(rows):
+    body, base = [], {row["seed"]: row["held out"]["averaged"]
+                      for row in pick(rows, "recipe", images=40000) if not row["arm"]}
+    names = {"{}": "the recipe", "{'smoothing': 0.1}": "label smoothing 0.1",
+             "{'smoothing': 0.2}": "label smoothing 0.2", "{'decay': 0.995}": "average with d up "
+             "to 0.995", "{'flip': 'coin'}": "an image mirrored by chance in each epoch",
+             "{'sharpness': 2.0}": "logits x 1/4", "{'weight_decay': 0.0}": "no weight decay",
+             "{'momentum': 0.9}": "momentum 0.9", "{'sharpness': 8.0}": "logits as they are"}
+    for arm, name in names.items():
+        same = [row for row in pick(rows, "recipe", images=40000) if str(row["arm"]) == arm]
+        gain = difference([row["held out"]["averaged"] for row in same],
+                          [base[row["seed"]] for row in same]) if same[0]["arm"] else ""
+        body.append([name, mean(same, "held out", "averaged"), mean(same, "held out", "raw"),
+                     len(same), gain])
+    return lines(["", "averaged", "raw", "n", "gain, on the same seeds"], body)
+
+
+def rise(rows):
+    """With and without the rise, at three rates, half size."""
+    body = []
+    for lr in (0.1, 0.2, 0.4):
+        for schedule in ("one cycle", "no rise", "annihilated", "linear"):
+            same = pick(rows, "rise", 32, 25000, lr=lr, schedule=schedule)
+            if same:
+                body.append([lr, NAMES[schedule], mean(same, "averaged"), mean(same, "raw"),
+                             mean(same, "held out", "averaged"), mean(same, "held out", "raw"),
+                             len(same)])
+    return lines(["LRMAX", "schedule", "averaged", "raw", "held out, averaged", "held out, raw",
+                  "n"], body)
+
+
+def lr_by_decay(rows):
+    """The map: averaged / raw accuracy over LRMAX and weight decay."""
+    body, rates = [], (0.05, 0.1, 0.2, 0.4, 0.8, 1.6)
+    for name, part, arm in (("one cycle, 0.00025", "map", {"weight_decay": 2.5e-4}),
+                            ("one cycle, 0.001", "map", {"weight_decay": 1e-3}),
+                            ("one cycle, 0.004", "map", {"weight_decay": 4e-3}),
+                            ("no rise, 0.001", "map no rise", {})):
+        body.append([name] + [f"{mean(same, 'averaged', digits=1)} / {mean(same, 'raw', digits=1)}"
+                              if (same := pick(rows, part, 32, 12500, lr=rate, **arm)) else ""
+                              for rate in rates])
+    return lines(["schedule, weight decay", *(f"LRMAX {rate}" for rate in rates)], body)
+
+
+def ladder(rows):
+    """The README's ladder: what each addition to the assignment brings."""
+    plain, muon = pick(rows, "sgd", schedule="one cycle"), pick(rows, "headline")
+    average = difference([row["averaged"] for row in plain], [row["raw"] for row in plain])
+    a, b = ([100 * row["averaged"] for row in same] for same in (muon, plain))
+    gain = statistics.mean(a) - statistics.mean(b)
+    error = (statistics.variance(a) / len(a) + statistics.variance(b) / len(b)) ** 0.5
+    return lines(["", "accuracy in %", "n", "gain", "how"], [
+        ["the assignment: SGD, one cycle, raw weights", mean(plain, "raw"), len(plain), "",
+         "`python train.py --optimizer sgd`, column `raw`"],
+        ["and its weights averaged (EMA)", mean(plain, "averaged"), len(plain), average,
+         "the same, column `averaged`"],
+        ["and Muon in place of SGD", f"**{mean(muon, 'averaged')}**", len(muon),
+         f"{gain:+.2f} ± {error:.2f}", "`python train.py`"]])
+
+
+def headline(rows):
+    same = pick(rows, "headline")
+    return lines(["", "mean ± std", "each seed"], [
+        ["averaged weights: the result", mean(same, "averaged"), each(same, "averaged")],
+        ["raw weights", mean(same, "raw"), each(same, "raw")]])
+
+
+RATES = 0.0125, 0.025, 0.05, 0.1, 0.2, 0.4
+TABLES = {
+    "ladder": ladder, "schedules": schedules, "headline": headline, "recipe": recipe, "rise": rise,
+    "map": lr_by_decay,
+    "full": lambda rows: runs(rows, "sgd", 64, None),
+    "half": lambda rows: runs(rows, "sgd", 32, 25000),
+    "apart": lambda rows: apart(rows, 64, None),
+    "apart half": lambda rows: apart(rows, 32, 25000),
+    "rates": lambda rows: grid(rows, "rates", 64, 40000, RATES, [
+        (f"{name}, {NAMES[schedule]}", {"optimizer": optimizer, "schedule": schedule})
+        for name, optimizer in (("SGD", "sgd"), ("Muon", "muon"))
+        for schedule in ("constant", "steps")]),
+    "range": lambda rows: grid(
+        [row for row in rows if "start" not in row["arm"]], "range", 32, 25000, RATES[2:], [
+            ("SGD", {"optimizer": "sgd"}), ("Muon", {"optimizer": "muon"})]),
+}
+
+
+def filled(page, rows):
+    """The page's text with each table made anew between <!-- table NAME --> and <!-- end -->."""
+    def table(match):
+        return f"<!-- table {match[1]} -->\n{TABLES[match[1]](rows)}\n<!-- end -->"
+    return re.sub(r"<!-- table (.*?) -->\n.*?<!-- end -->", table, page.read_text(),
+                  flags=re.DOTALL)
+
+
+def main():
+    rows = read()
+    for page in PAGES:
+        page.write_text(filled(page, rows))
+    for name, make in TABLES.items():
+        print(f"{name}\n{make(rows)}\n")
+
+
+if __name__ == "__main__":
+    main()
