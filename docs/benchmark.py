@@ -44,7 +44,7 @@ def kernel(data, device):
     images = data.train_images.to(device)
     images = images.repeat(50_000 // len(images) + 1, 1, 1, 1)[:50_000].contiguous()
     mean, inverse_std = (v.to(device) for v in normalisation(data.train_images))
-    draws, dtype = draw_epoch(50_000, 0, 0, device), precision(device)
+    draws, dtype = draw_epoch(50_000, 0, 0).to(device), precision(device)
     moved = SIZE * SIZE * 3 * (1 + dtype.itemsize)                # bytes an image, in and out
     source, target = torch.ones(2, 50_000 * moved // 2, dtype=torch.uint8, device=device)
     batch = draws[:512]
@@ -91,7 +91,7 @@ def loader(data, device, airbench):
 
     row("this loader", lambda: exhaust(ours.epoch(0, next(epoch))), 15)
     row("its table of random numbers",
-        lambda: draw_epoch(len(ours.train_images), 0, next(epoch), device), 15)
+        lambda: draw_epoch(len(ours.train_images), 0, next(epoch)).to(device), 15)
     if device.type == "cuda" and airbench:
         spec = importlib.util.spec_from_file_location("airbench", airbench)
         module = importlib.util.module_from_spec(spec)

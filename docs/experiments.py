@@ -102,7 +102,7 @@ class Schedule(OneCycle):
 
     def set(self, step):
         lr = super().set(step)
-        if self.arm["momentum"] == "0.95 .. 0.85":           # Smith's: it falls where the rate rises
+        if self.arm["momentum"] == "0.95 .. 0.85":       # Smith's: it falls as the rate rises
             for group in self.optimizer.param_groups:
                 group["momentum"] = 0.95 - 0.1 * (lr / self.arm["lr"] - 0.1) / 0.9
         return lr

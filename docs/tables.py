@@ -60,12 +60,11 @@ def schedules(rows):
             ("sgd", "sgd", "annihilated", "0.02, up to 0.2, down to 0", 24),
             ("sgd", "sgd", "constant", "0.1", 24),
             ("sgd", "sgd", "steps", "0.2; 0.02 after 1/2, 0.002 after 3/4", 24),
-            ("sgd-48", "sgd", "steps", "the same", 48), ("sgd-120", "sgd", "steps", "the same", 120),
-            ("muon", "muon", "one cycle", "0.01, up to 0.1, down to 0.01", 24),
-            ("muon", "muon", "annihilated", "0.01, up to 0.1, down to 0", 24)):
+            ("sgd-48", "sgd", "steps", "the same", 48),
+            ("sgd-120", "sgd", "steps", "the same", 120)):
         same = pick(rows, part, optimizer=optimizer, schedule=schedule)
-        name = f"{'SGD' if optimizer == 'sgd' else 'Muon'}, {NAMES[schedule]}"
-        body.append([name, text, epochs, mean(same, "raw"), mean(same, "averaged"), len(same)])
+        body.append([NAMES[schedule], text, epochs, mean(same, "raw"), mean(same, "averaged"),
+                     len(same)])
     return lines(["schedule", "learning rate", "epochs", "raw weights", "averaged weights", "n"],
                  body)
 
@@ -166,12 +165,12 @@ def ladder(rows):
     gain = statistics.mean(a) - statistics.mean(b)
     error = (statistics.variance(a) / len(a) + statistics.variance(b) / len(b)) ** 0.5
     return lines(["", "accuracy in %", "n", "gain", "how"], [
-        ["the assignment: SGD, one cycle, raw weights", mean(plain, "raw"), len(plain), "",
+        ["the assignment: one cycle, SGD", mean(plain, "raw"), len(plain), "",
          "`python train.py --optimizer sgd`, column `raw`"],
-        ["and its weights averaged (EMA)", mean(plain, "averaged"), len(plain), average,
-         "the same, column `averaged`"],
-        ["and Muon in place of SGD", f"**{mean(muon, 'averaged')}**", len(muon),
-         f"{gain:+.2f} ± {error:.2f}", "`python train.py`"]])
+        ["+ averaged weights", mean(plain, "averaged"), len(plain), average,
+         "the same run, column `averaged`"],
+        ["+ Muon in place of SGD", f"**{mean(muon, 'averaged')}**", len(muon),
+         f"{gain:+.2f} ± {error:.2f}", "`python train.py`, column `averaged`"]])
 
 
 def headline(rows):
@@ -181,10 +180,21 @@ def headline(rows):
         ["raw weights", mean(same, "raw"), each(same, "raw")]])
 
 
+def lr_min(rows):
+    """One cycle that starts and ends at another share of LRMAX."""
+    shares = (("LRMAX / 3", 1 / 3), ("LRMAX / 10", None), ("LRMAX / 30", 1 / 30))
+    cells = []
+    for _, share in shares:
+        same = [row for row in pick(rows, "range", 32, 25000, optimizer="muon", lr=0.1)
+                if row["arm"].get("start") == share]
+        cells.append(f"{mean(same, 'held out', 'averaged')} / {mean(same, 'held out', 'raw')}")
+    return lines(["LRMIN", *(name for name, _ in shares)], [["Muon, LRMAX 0.1", *cells]])
+
+
 RATES = 0.0125, 0.025, 0.05, 0.1, 0.2, 0.4
 TABLES = {
     "ladder": ladder, "schedules": schedules, "headline": headline, "recipe": recipe, "rise": rise,
-    "map": lr_by_decay,
+    "map": lr_by_decay, "lrmin": lr_min,
     "full": lambda rows: runs(rows, "sgd", 64, None),
     "half": lambda rows: runs(rows, "sgd", 32, 25000),
     "apart": lambda rows: apart(rows, 64, None),
