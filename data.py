@@ -330,8 +330,8 @@ def make_dataset(name, arrays, classes=(), **options):
     count = max(tensors[1].max().item(), tensors[3].max().item()) + 1
     classes = list(classes) or [str(k) for k in range(count)]
     if len(classes) < count:
-        raise ValueError(f"{name}: classes has {len(classes)} names, but there are labels up to "
-                         f"{count - 1}")
+        raise ValueError(f"{name}: classes must hold {count} names, one for each label from 0 to "
+                         f"{count - 1}, not {len(classes)}")
     return Dataset(name, classes, *tensors, **options)
 
 
