@@ -1,12 +1,12 @@
-"""CIFAR-10 on the GPU as bytes; one launch of a kernel augments an epoch of it.
+"""CIFAR-10 as bytes on the GPU, a whole epoch augmented by one launch of a kernel.
 
 The training set is 50,000 x 32 x 32 x 3 bytes = 154 MB. It fits on any GPU, so it goes there once,
-as uint8, and stays. What an epoch makes of it stands in a table of random numbers, a row an image:
+as uint8, and stays. A table of random numbers, one row per image, then determines each epoch:
 
     INDEX          which image; all rows together are a permutation
     TOP, LEFT      where the 32 x 32 crop starts in the image padded by 4 (0 .. 8 each)
     FLIP           1 = mirrored left to right
-    CUT_Y, CUT_X   centre of the 8 x 8 cutout (0 .. 31 each); what passes the border is clipped
+    CUT_Y, CUT_X   centre of the 8 x 8 cutout (0 .. 31 each); clipped at the border
 
 The augmented epoch is a *pure function* of the bytes and that table. It is written twice: `augment`
 in plain torch, and `augment_kernel` in Triton, which reads an image's 3,072 bytes once and writes
@@ -46,24 +46,24 @@ def draw_epoch(count, seed, epoch):
     index = random.permutation(count)
     top, left = random.integers(2 * PAD + 1, size=(2, count))
     cut_y, cut_x = random.integers(SIZE, size=(2, count))
-    # Alternating flip (Jordan, arXiv 2404.00498): chance decides which side an image shows first,
-    # then it turns every epoch, so that two epochs in a row show both. [seed, 0] seeds no epoch.
+    # Alternating flip (Jordan, arXiv 2404.00498): a coin decides which way an image faces first;
+    # then it flips every epoch, so that any two in a row show both. No epoch uses [seed, 0].
     first = np.random.default_rng([seed, 0]).integers(2, size=count)
     flip = (first[index] + epoch) % 2
     return torch.from_numpy(np.stack([index, top, left, flip, cut_y, cut_x], 1).astype(np.int32))
 
 
-def plain_draws(count, device="cpu"):
+def plain_draws(count):
     """The table that changes nothing: in order, middle crop, no flip, cutout far outside."""
     draws = torch.tensor([0, PAD, PAD, 0, -SIZE, -SIZE], dtype=torch.int32).repeat(count, 1)
     draws[:, INDEX] = torch.arange(count)
-    return draws.to(device)
+    return draws
 
 
 # -------------------------------------------------------------------------------- augmentation
 
 def reflect(i):
-    """Coordinates -31 .. 62 folded back into 0 .. 31 as in a mirror: -1 -> 1, 32 -> 30."""
+    """Coordinates -31 .. 62 reflected into 0 .. 31: -1 -> 1, 32 -> 30."""
     return torch.minimum(i.abs(), 2 * (SIZE - 1) - i.abs())
 
 
@@ -76,7 +76,7 @@ def augment(images, draws, mean, inverse_std, dtype):
     row = torch.arange(SIZE, device=images.device)                                 # (32,)
     place = torch.arange(SIZE * 3, device=images.device)                           # (96,)
     column, channel = place // 3, place % 3                  # a row is r g b r g b r g b ...
-    # Crop and flip are only a question of where a pixel comes from: pixel (row, column) of the
+    # Crop and flip only decide where a pixel comes from: pixel (row, column) of the
     # flipped crop is pixel (row, 31 - column) of the crop, which starts at (top - 4, left - 4).
     y = reflect(row + top - PAD)                                                   # (B, 32)
     x = reflect(torch.where(flip == 1, SIZE - 1 - column, column) + left - PAD)    # (B, 96)
@@ -86,7 +86,7 @@ def augment(images, draws, mean, inverse_std, dtype):
     # Subtract, then multiply: that rounds twice everywhere, so every device gives the same bits.
     # pixel * scale + shift may become one multiply-add on some, which rounds once.
     values = (pixels - mean.repeat(SIZE)) * inverse_std.repeat(SIZE)               # (B, 32, 96)
-    # Cut out rows cut_y - 4 .. cut_y + 3 and columns likewise; 0 is the mean colour by now.
+    # Cut out rows cut_y - 4 .. cut_y + 3 and columns likewise; 0 is now the mean colour.
     cut_row, cut_column = row - cut_y + CUT // 2, column - cut_x + CUT // 2
     cut = ((cut_row >= 0) & (cut_row < CUT))[:, :, None] \
         & ((cut_column >= 0) & (cut_column < CUT))[:, None, :]                     # (B, 32, 96)
@@ -95,30 +95,30 @@ def augment(images, draws, mean, inverse_std, dtype):
 
 
 if triton:
-    # How to read it: Triton starts a program for each image, and `program_id` tells it which. Names
-    # such as `images` hold addresses: `images + 5` is that of the value five further on, and `load`
-    # and `store` move what is there. What looks like a number, as `row`, is a vector of them, which
-    # the program's threads share out; `mask` says which of its elements are not to be touched.
-    # tl.constexpr are numbers that the compiler knows. augment_kernel[(B,)](...) starts B programs,
-    # of num_warps x 32 threads each.
+    # How to read it: Triton starts one program per image, and `program_id` tells it which. Names
+    # such as `images` hold addresses: `images + 5` points five values further on; `load` and
+    # `store` read and write there. What looks like a number, such as `row`, is a vector, divided
+    # among the program's threads; `mask` says which of its elements to touch. tl.constexpr
+    # arguments are constants for the compiler. augment_kernel[(B,)](...) starts B programs of
+    # num_warps x 32 threads each.
     @triton.jit
     def augment_kernel(images, draws,              # *uint8 (N, 32, 32, 3), *int32 (B, 6)
                        mean, inverse_std, out,     # *float32 (3,) twice, *dtype (B, 32, 32, 3)
                        SIZE: tl.constexpr, PAD: tl.constexpr, CUT: tl.constexpr):
-        image = tl.program_id(0).to(tl.int64)      # one program, one image; bytes may pass 2^31
+        image = tl.program_id(0).to(tl.int64)      # one program, one image; 64 bits for offsets
         draws += image * 6
         index = tl.load(draws).to(tl.int64)
         top, left, flip = tl.load(draws + 1), tl.load(draws + 2), tl.load(draws + 3)
         cut_y, cut_x = tl.load(draws + 4), tl.load(draws + 5)
         tl.assume((top >= 0) & (top <= 2 * PAD))   # tells the compiler: rows 4 .. 27 stay inside
-        # The image is read once, as it lies, 16 bytes a thread. Crop and flip then pick from what
-        # was read: a gather in shared memory, which is fast in any order. All is one vector, its
-        # last quarter masked, as lengths must be powers of two.
+        # The image is read once, in memory order, 16 bytes per thread. Crop and flip then pick from
+        # what was read: a gather in shared memory, which is fast in any order. Everything is one
+        # vector; lengths must be powers of two, so its last quarter is masked.
         i = tl.arange(0, 4 * SIZE * SIZE)                             # (4096,)
         inside = i < 3 * SIZE * SIZE
         picture = tl.load(images + index * (SIZE * SIZE * 3) + i, mask=inside)
-        # From here on i only numbers the results, in an order that suits: places 0 .. 31 of rows 0,
-        # 1, ..., 31, then places 32 .. 63, then the rest: / and % by powers of two are shifts.
+        # From here on i only numbers the results, in a convenient order: places 0 .. 31 of rows 0,
+        # 1, ..., 31, then places 32 .. 63, then the rest, so that / and % become shifts.
         row, place = i // SIZE % SIZE, i // (SIZE * SIZE) * SIZE + i % SIZE
         column, channel = place // 3, place % 3
         y = tl.abs(row + top - PAD)                                   # reflect, as above
@@ -126,13 +126,13 @@ if triton:
         x = tl.abs(tl.where(flip == 1, SIZE - 1 - column, column) + left - PAD)
         x = tl.minimum(x, 2 * (SIZE - 1) - x)
         pixel = tl.gather(picture, x * 3 + channel + y * (SIZE * 3), 0).to(tl.float32)
-        # Three colours by three loads and a choice, not by a load for each of the 3,072 values.
+        # Three loads and a select, instead of one load for each of the 3,072 values.
         red, green, blue = tl.load(mean), tl.load(mean + 1), tl.load(mean + 2)
         colour = tl.where(channel == 0, red, tl.where(channel == 1, green, blue))
         red, green, blue = tl.load(inverse_std), tl.load(inverse_std + 1), tl.load(inverse_std + 2)
         scale = tl.where(channel == 0, red, tl.where(channel == 1, green, blue))
-        # The cutout is a scale of 0, once a row and once a column. This `fma` merges nothing: it
-        # rounds once, as `*` does. Its + 0.0 turns the -0.0 of a dark pixel times 0 into 0.0.
+        # The cutout is a scale of 0: one `where` for rows, one for columns. fma(x, scale, 0.0) is
+        # x * scale, but that -0.0, a dark pixel times 0, becomes 0.0 as in plain torch.
         cut_row, cut_column = row - cut_y + CUT // 2, column - cut_x + CUT // 2
         cut = tl.where((cut_column >= 0) & (cut_column < CUT), 0.0, scale)
         scale = tl.where((cut_row >= 0) & (cut_row < CUT), cut, scale)
@@ -147,11 +147,11 @@ def fused_augment(images, draws, mean, inverse_std, dtype):
     It trusts the draws: indices are those of images, TOP and LEFT lie in 0 .. 8.
     """
     assert triton, "Triton is missing, or broken"
-    # The kernel counts in addresses, so each tensor must lie in memory as its shape says.
+    # The kernel computes addresses, so its tensors must be contiguous.
     inputs = [tensor.contiguous() for tensor in (images, draws, mean, inverse_std)]
     out = torch.empty((len(draws), SIZE, SIZE, 3), dtype=dtype, device=images.device)
     with torch.cuda.device_of(images):                       # Triton launches on the current GPU
-        # Nothing here should be fused (see `augment`); the switch makes sure.
+        # Nothing here should be fused (see `augment`); the flag guarantees it.
         augment_kernel[(len(draws),)](*inputs, out, SIZE, PAD, CUT, num_warps=4,
                                       enable_fp_fusion=False)
     return out.permute(0, 3, 1, 2)
@@ -163,7 +163,7 @@ class Loader:
     """A data set on the device: `epoch` gives augmented training batches, `test` the test set.
 
     Inputs are (B, 3, 32, 32) of dtype, normalised, channels_last (not on Apple's GPUs, see
-    model.py); labels are (B,) int64. If there are fewer images than batch_size, a batch is all.
+    model.py); labels are (B,) int64. With fewer images than batch_size one batch holds them all.
     """
 
     def __init__(self, data, batch_size, dtype, device):
@@ -175,7 +175,7 @@ class Loader:
         self.augment = pick_augment(device, dtype)
 
     def __len__(self):
-        """Training batches an epoch; the images that do not fill one sit this epoch out."""
+        """Training batches per epoch; the images left over skip the epoch."""
         return len(self.train_images) // self.batch_size
 
     def epoch(self, seed, epoch):
@@ -185,14 +185,14 @@ class Loader:
 
     def test(self):
         """Yield every test image once, as it is; the last batch may be short."""
-        size = 2500 if self.device.type == "cuda" else self.batch_size     # a GPU likes them large
+        size = 2500 if self.device.type == "cuda" else self.batch_size     # large ones suit a GPU
         return self.batches(self.test_images, self.test_labels,
                             plain_draws(len(self.test_images)), size)
 
     def batches(self, images, labels, draws, batch_size):
         draws = draws.to(self.device)
         labels = labels[draws[:, INDEX].long()]
-        # The kernel fills up to 100 batches at once: 315 MB in bf16. Plain torch needs more room.
+        # The kernel fills up to 100 batches at once: 315 MB in bf16. Plain torch needs more memory.
         launch = batch_size * (100 if self.augment is fused_augment else 1)
         for part, part_labels in zip(draws.split(launch), labels.split(launch)):
             inputs = self.augment(images, part, self.mean, self.inverse_std, self.dtype)
@@ -222,7 +222,7 @@ def normalisation(images):
     counts = torch.stack([images[..., c].flatten().bincount(minlength=256) for c in range(3)])
     share = counts / counts.sum(1, keepdim=True, dtype=torch.float64)             # (3, 256)
     mean = share @ value                                                          # (3,)
-    deviation = (share @ value**2 - mean**2).clamp(min=1).sqrt()      # 1 where all are one colour
+    deviation = (share @ value**2 - mean**2).clamp(min=1).sqrt()      # at least 1: all may be equal
     return mean.float(), (1 / deviation).float()
 
 
@@ -230,7 +230,7 @@ def normalisation(images):
 # ------------------------- an .npz of your own, and drawn shapes where there is neither
 
 class Dataset(NamedTuple):
-    """Images (N, 32, 32, 3) uint8, labels (N,) int64, contiguous; and how train.py takes them."""
+    """Images (N, 32, 32, 3) uint8, labels (N,) int64, contiguous; and train.py's defaults."""
     name: str
     classes: list             # their names
     train_images: torch.Tensor
@@ -268,7 +268,7 @@ def load(source="auto", data_dir="data"):
 def load_cifar10(folder):
     """CIFAR-10 from a folder, downloaded (170 MB) where missing; torchvision checks MD5 sums.
 
-    FileNotFoundError: there is nothing, and no download; another OSError: what is there is damaged.
+    FileNotFoundError: nothing is there, and no download; any other OSError: the files are damaged.
     """
     from torchvision.datasets import CIFAR10                 # takes a second: only where needed
     there = any((folder / name).exists() for name in (CIFAR10.base_folder, CIFAR10.filename))
@@ -280,7 +280,7 @@ def load_cifar10(folder):
         train, test = (CIFAR10(folder, train=part, download=part) for part in (True, False))
     except Exception as error:         # OSError, RuntimeError, pickle's, tarfile's ...
         kind = OSError if there else FileNotFoundError
-        raise kind(f"CIFAR-10 is not whole in '{folder}' and cannot be downloaded ({error}): "
+        raise kind(f"CIFAR-10 is incomplete in '{folder}' and cannot be downloaded ({error}): "
                    f"put {CIFAR10.filename} there, or see --data in -h") from error
     finally:
         socket.setdefaulttimeout(patience)
@@ -290,7 +290,7 @@ def load_cifar10(folder):
 
 
 def load_npz(path):
-    """train_images, train_labels, test_images, test_labels and, if there, classes of an .npz."""
+    """train_images, train_labels, test_images, test_labels and optionally classes of an .npz."""
     arrays = {}
     try:
         with np.load(path, allow_pickle=False) as archive:
@@ -307,9 +307,10 @@ def load_npz(path):
 
 
 def make_dataset(name, arrays, classes=(), **options):
-    """A Dataset of four arrays, train and test, each images and labels; ValueError says what else.
+    """A Dataset of four arrays, train and test, each images and labels.
 
     Labels may also be (N, 1). Without `classes`, their names, they are 0, 1, ... up to the largest.
+    ValueError says what is wrong with the arrays.
     """
     tensors = []
     for split, images, labels in (("train", *arrays[:2]), ("test", *arrays[2:])):
@@ -323,7 +324,7 @@ def make_dataset(name, arrays, classes=(), **options):
             raise ValueError(f"{name}: {split}_labels must be {len(images)} integers, not "
                              f"{labels.dtype} {labels.shape}")
         if labels.min() < 0 or labels.max() >= 10_000:
-            raise ValueError(f"{name}: {split}_labels reach from {labels.min()} to {labels.max()}: "
+            raise ValueError(f"{name}: {split}_labels range from {labels.min()} to {labels.max()}: "
                              f"number the classes 0, 1, 2, ..., 9,999 at most")
         tensors.append(torch.from_numpy(np.ascontiguousarray(images)))
         tensors.append(torch.from_numpy(labels.astype(np.int64)))
@@ -336,7 +337,7 @@ def make_dataset(name, arrays, classes=(), **options):
 
 
 def synthetic(train=2560, test=1000):
-    """Ten classes of drawn shapes to train on where CIFAR-10 is missing; all survive a flip."""
+    """Ten classes of drawn shapes, a stand-in for CIFAR-10; a flip leaves each in its class."""
     # Place, size and both colours are random, the contrast is low and the noise strong, so that a
     # linear classifier learns next to nothing, and the network needs all of its few epochs.
     random, count = np.random.default_rng(0), train + test

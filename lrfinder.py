@@ -1,32 +1,33 @@
 r"""The LR range test: find a good learning rate for one cycle, before training.
 
-Train for up to a hundred batches while the learning rate grows from far too small to far too large,
-and look at the loss (after Smith, arXiv 1506.01186, section 3.3; Smith raises the rate evenly, and
-looks at the accuracy):
+Train for a few hundred batches while the learning rate grows from far too small to far too large,
+and look at the loss (after Smith, arXiv 1506.01186, section 3.3; Smith raises the rate linearly and
+watches the accuracy):
 
-    loss ------.                           steepest  the loss falls fastest per factor in the rate
+    loss ------.                           steepest  the loss falls fastest against log(lr)
                 \               /          LRMAX     the end of the descent: the lowest point
-                 \             /                     before the first marked rise
-                  `-.       _.'            stop      half of what was gained is lost again, or
-             steepest `----' LRMAX  stop             the loss runs away, or is not finite
+                 \             /                     before the first clear rise
+                  `-.       _.'            stop      half of the gain is lost again, or the
+             steepest `----' LRMAX  stop             loss explodes, or is not finite
 
     sweep    lr_k = lr_start * (lr_end / lr_start) ^ (k / (steps - 1)),    k = 0 .. steps - 1
-    LRMAX    the rate at the first minimum of the smoothed curve; first means: before a rise of more
-             than 15 % of the whole fall, and of more than the noise
-    lr       LRMAX / 3, a safe peak for one cycle of anybody's model
-    LRMIN    a tenth of the peak, where the cycle starts (Smith, arXiv 1803.09820, section 4.1)
+    LRMAX    the rate at the minimum of the smoothed curve before the first rise of more than 15 %
+             of the whole fall, and beyond the noise; the last one where noise leaves a choice
+    lr       LRMAX / 2, the peak to train with
+    LRMIN    LRMAX / 10, where a cycle up to LRMAX starts (Smith, arXiv 1803.09820, section 4.1)
 
-LRMAX is where training just holds: a limit. With batch normalisation a cycle may go up to it, as
-the one in train.py does; without, a third is the better peak.
+At LRMAX training is only just stable: it is a limit, and a faster sweep reads a higher one. Half of
+it was a good peak for fourteen small models; docs/measurements.md has the table. train.py, whose
+network has batch normalisation, goes up to LRMAX.
 
     curve = range_test(model, optimizer, torch.nn.functional.cross_entropy, loader)
     found, message = report(curve, "lr_range.png")
-    print(message)                       # LR ... LRMAX ... LRMIN ... steepest ..., or why not
+    print(message)                       # lr ... LRMAX ... LRMIN ... steepest ..., or what to try
 
 This file stands alone: it needs torch and numpy, and matplotlib to draw. Copy it. For Adam sweep
 from lr_start=1e-5 to lr_end=1.
 
-    python lrfinder.py       the test that train.py makes, alone: see -h (needs the other files)
+    python lrfinder.py       only the range test that train.py runs; see -h (needs the other files)
 """
 import contextlib
 import copy
@@ -39,27 +40,27 @@ import numpy as np
 import torch
 from torch.utils._pytree import tree_map
 
-STEPS, LR_START, LR_END = 100, 0.001, 10.0
-FEWEST = 10               # points: their median is the starting loss; a curve needs as many
-WIDTH = 7                 # points to either side in the smoothing window, or n / 20 if more
-MEDIAN = 5                # points whose median is taken: two wild ones do not move it
+STEPS, LR_START, LR_END = 400, 0.001, 10.0
+FEWEST = 10               # points that a curve needs
+HALF_WINDOW = 7           # points to either side when smoothing (n / 20 if larger)
+MEDIAN = 5                # points in the running median: two outliers do not move it
 RISE = 0.15               # of the whole fall: a smaller rise does not end the descent
 FALL = 0.10               # of the starting loss: a curve that falls less shows nothing
 REBOUND = 0.5             # of what was gained: once as much is lost again, the sweep can end
-RUNAWAY = 3.0             # starting losses above the start: the end where nothing was gained
-SIGNIFICANT = 6.0         # standard deviations: a larger difference is no noise
-TIED = 1.0                # standard deviation: a smaller difference is nothing but noise
+RUNAWAY = 3.0             # without a gain, stop this many starting losses above the start
+SIGNIFICANT = 6.0         # standard deviations: a larger difference is not noise
+TIED = 1.0                # standard deviation: a smaller difference is a tie
 
 
 class NotFound(ValueError):
-    """The curve does not show the answer; the text is one line that says why and what to try."""
+    """The curve is inconclusive; the message says why and what to try, in one line."""
 
 
 class Curve(NamedTuple):
     """What a range test measured: the raw loss at each learning rate, lists of equal length.
 
-    ended: "", or if the sweep had to end early, why, and what to try. (That LRMAX lies behind it is
-    no such reason.)
+    ended: "", or why the sweep ended early and what to try. (To stop because LRMAX has been passed
+    does not count.)
     """
     lrs: list
     losses: list
@@ -81,16 +82,15 @@ def range_test(model, optimizer, loss, batches, *, lr_start=LR_START, lr_end=LR_
     """Train on `batches` with a growing learning rate and return the Curve; restore everything.
 
     model: any nn.Module; optimizer: its own; loss(outputs, labels) -> scalar; batches: an iterable
-    of (inputs, labels), begun again when it ends: all exactly as in training. autocast and scaler
-    (a GradScaler) are for mixed precision. What a batch holds, however nested, goes to the model's
-    device. Under DistributedDataParallel every rank calls this, and the loss is their mean.
+    of (inputs, labels), restarted when exhausted: all exactly as in training. autocast and scaler
+    (a GradScaler) are for mixed precision. Everything in a batch, however nested, is moved to the
+    model's device. Under DistributedDataParallel all ranks call this; the loss is their mean.
 
-    Point k is the loss of batch k *before* the step with lr_k. That is the rate of the parameter
-    group with the largest; the others keep their ratio to it. A model in training mode keeps the
-    mode of each layer, so frozen ones stay frozen. The sweep ends early when the descent is over
-    (see `enough`), the loss is not finite, which is then not part of the curve, or a generator has
-    run out. ValueError: an impossible sweep or optimizer; TypeError: batches that are no pairs.
-    Wrap those:
+    Point k is the loss of batch k *before* the step with lr_k. lr_k applies to the parameter group
+    with the largest rate; the others keep their ratio to it. A model in training mode keeps the
+    mode of each layer, so frozen ones stay frozen. The sweep ends early when LRMAX has been passed
+    (see `enough`), when the loss is not finite (and is left out), or when a generator is exhausted.
+    ValueError: an impossible sweep or optimizer. TypeError: batches that are not pairs; wrap these:
 
         class Loss(torch.nn.Module):                      # for batches of any form: here, dicts
             def __init__(self, net):
@@ -106,12 +106,12 @@ def range_test(model, optimizer, loss, batches, *, lr_start=LR_START, lr_end=LR_
     if isinstance(optimizer, torch.optim.LBFGS):
         raise ValueError("LBFGS searches each step's length itself: it has no rate to test")
     groups = optimizer.param_groups
-    # A scheduler that warms up may have set the rates to 0; it keeps what they were.
+    # A warm-up scheduler may have zeroed the rates; it stores the originals in initial_lr.
     rates = [float(group.get("initial_lr", group["lr"])) for group in groups]
     if not max(rates) > 0:
         raise ValueError(f"the optimizer's learning rates are {rates}: give it one above 0")
     device = next(p.device for group in groups for p in group["params"])
-    scaler = copy.deepcopy(scaler) or torch.amp.GradScaler(enabled=False)   # or: changes nothing
+    scaler = copy.deepcopy(scaler) or torch.amp.GradScaler(enabled=False)   # disabled: a no-op
     lrs, losses, ended = np.geomspace(lr_start, lr_end, steps).tolist(), [], ""
     with everything_restored(model, optimizer, loss):
         if not model.training:
@@ -141,26 +141,29 @@ def range_test(model, optimizer, loss, batches, *, lr_start=LR_START, lr_end=LR_
             scaler.update()
         else:
             if len(losses) < steps:
-                ended = (f"only {len(losses)} of {steps} batches came; pass an iterable that does "
+                ended = (f"got only {len(losses)} of {steps} batches; pass an iterable that does "
                          f"not end, or fewer steps")
     return Curve(lrs[:len(losses)], losses, ended)
 
 
 def enough(losses):
-    """Is LRMAX behind us? Half of all that was gained is lost again, or the loss runs away.
+    """Has LRMAX been passed? Half of the gain is lost again, or the loss explodes.
 
     The usual rule, 4 times the lowest loss, fails twice: with batch normalisation the loss stays
-    bounded, as the weights' scale does not matter; and next to a loss of almost 0 noise is enough.
-    Medians of the last 5 losses, the 5 before and so on: a single bad batch decides nothing.
+    bounded, as the weights' scale does not matter; and when the loss is almost 0, noise alone
+    triggers it. Medians of the last 5 losses, the 5 before those, and so on: no single bad batch
+    decides.
     """
     if len(losses) < FEWEST + MEDIAN:
         return False
     medians = np.median(np.reshape(losses[len(losses) % MEDIAN:], (-1, MEDIAN)), axis=1)
     start, lowest = np.median(losses[:FEWEST]), min(medians)
     gained = start - lowest
-    # A loss can be negative, -log of a density: a share of it is one of its size.
+    # abs: a loss may be negative, as -log of a density.
     threshold = REBOUND * gained if gained > FALL * abs(start) else gained + RUNAWAY * abs(start)
-    return bool(medians[-1] - lowest > max(threshold, SIGNIFICANT * noise(losses)))
+    # The last third apart, too: an untrained network is about equally wrong on every batch.
+    sigma = max(noise(losses), noise(losses[-len(losses) // 3:]))
+    return bool(medians[-1] - lowest > max(threshold, SIGNIFICANT * sigma))
 
 
 # ------------------------------------------------------------------------------------ the reading
@@ -172,16 +175,16 @@ def suggest(curve):
 
     lrs, losses = curve.lrs, curve.losses
     if len(losses) < FEWEST:
-        raise not_found(f"the sweep has {len(losses)} points, {FEWEST} are needed",
+        raise not_found(f"the sweep has only {len(losses)} points, {FEWEST} are needed",
                         "start it at a lower learning rate or use more steps")
     smoothed, sigma = smooth(losses), noise_of_smoothed(losses)
-    start = float(np.median(losses[:FEWEST]))
+    start = smoothed[half_window(len(losses))]            # the mean of the first points
     fall = start - min(smoothed)
     if fall <= max(FALL * abs(start), SIGNIFICANT * sigma):
         raise not_found("the loss never falls clearly", "start the sweep lower, use larger batches "
                         "or more steps, or check model and data")
-    # Walk along the curve and keep the lowest point so far, until the loss stands clearly higher:
-    # not before half of the fall, as an early spike is no end.
+    # Walk along the curve and keep the lowest point so far, until the loss is clearly above it; but
+    # only once half of the fall is behind us, as an early spike does not end the descent.
     best = 0
     for k, value in enumerate(smoothed):
         if value < smoothed[best]:
@@ -191,22 +194,22 @@ def suggest(curve):
             break
     else:
         raise not_found("the loss falls to the end of the sweep", "raise its highest learning rate")
-    if best < FEWEST // 2:                                # then start is not what came before it
+    if best < FEWEST // 2:                                # `start` was measured after the minimum
         raise not_found("the loss only rises", "start the sweep lower")
-    # Noise picks any point of a flat valley as the lowest: LRMAX is the last that is as low.
+    # In a flat valley noise picks the lowest point: take the last of those that tie with it.
     best = max(j for j in range(best, k) if smoothed[j] <= smoothed[best] + TIED * sigma)
     first = min(half_window(len(losses)), best)           # before it, the curve is hardly smoothed
     slopes = np.gradient(smoothed, np.log(lrs))[first:best + 1]
-    return Suggestion(lr=lrs[best] / 3, lr_max=lrs[best], lr_min=lrs[best] / 10,
+    return Suggestion(lr=lrs[best] / 2, lr_max=lrs[best], lr_min=lrs[best] / 10,
                       steepest=lrs[first + int(np.argmin(slopes))])
 
 
 def smooth(losses):
     """Medians of 5, then a central average of each with its neighbours, near ones more.
 
-    The medians take single wild losses away, which an average would spread. Being central it moves
-    no minimum along the axis, as a running average would. The weights are cos^2, a Hann window's;
-    at the ends the window shrinks, evenly on both sides.
+    The medians remove outliers, which an average would smear out. Being central, it does not lag as
+    a running average does. The weights are cos^2, a Hann window; near the ends it shrinks
+    symmetrically.
     """
     beside = MEDIAN // 2
     medians = [np.median(losses[max(0, k - beside):k + beside + 1]) for k in range(len(losses))]
@@ -219,53 +222,54 @@ def smooth(losses):
 
 
 def half_window(n):
-    return max(WIDTH, n // 20)
+    return max(HALF_WINDOW, n // 20)
 
 
 def noise(losses):
-    """The standard deviation of a single loss around the curve, whatever that does.
+    """The standard deviation of a single loss around the curve, whatever its shape.
 
-    Second differences take straight lines out and have 1 + 4 + 1 = 6 times the variance of a loss.
-    Their median size, unlike their mean square, does not notice a few wild points or the end of a
-    divergence; normal noise has 0.6745 of its standard deviation as the median of its size.
+    Second differences cancel linear trends and have 1 + 4 + 1 = 6 times the variance of a loss.
+    Their median size, unlike their mean square, is insensitive to outliers and to the end of a
+    divergence; for normal noise it is 0.6745 standard deviations.
     """
     return float(np.median(np.abs(np.diff(losses, 2)))) / 0.6745 / math.sqrt(6)
 
 
 def noise_of_smoothed(losses):
-    """The standard deviation that `smooth` leaves: of the variance about 3 / (4 (half + 1))."""
+    """The same after `smooth`, which leaves about 3 / (4 (half + 1)) of the variance."""
     return noise(losses) * math.sqrt(0.75 / (half_window(len(losses)) + 1))
 
 
 # ------------------------------------------------------------------------------------ the picture
 
 def plot(curve, ax, suggestion=None):
-    """Draw the raw curve faint, the smoothed one bold and the suggestion, on a log axis."""
+    """Draw the raw curve faint and the smoothed one bold, and mark the suggestion."""
     ax.plot(curve.lrs, curve.losses, color="tab:blue", alpha=0.4, linewidth=1, label="raw loss")
     ax.plot(curve.lrs, smooth(curve.losses), color="tab:blue", linewidth=2.5, label="smoothed")
     ax.set(xscale="log", xlabel="learning rate", ylabel="training loss")
     if suggestion:
         for name, lr, style in (("LRMIN", suggestion.lr_min, ("tab:green", "--")),
                                 ("steepest", suggestion.steepest, ("dimgrey", ":")),
+                                ("lr", suggestion.lr, ("tab:green", "-")),
                                 ("LRMAX", suggestion.lr_max, ("tab:red", "-"))):
             ax.axvline(lr, color=style[0], linestyle=style[1], label=f"{name} {lr:.3g}")
         ax.axvspan(suggestion.lr_min, suggestion.lr_max, color="tab:green", alpha=0.1)
-        # A divergence at the end would press the rest flat: show as much above the start as below.
+        # A divergence would flatten everything else: show as much above the start as below.
         start = np.median(curve.losses[:FEWEST])
         ax.set_ylim(top=min(ax.get_ylim()[1], 2 * start - min(curve.losses)))
-    ax.legend(loc="lower center", bbox_to_anchor=(0.5, 1), ncols=5, fontsize="small", frameon=False,
+    ax.legend(loc="lower center", bbox_to_anchor=(0.5, 1), ncols=6, fontsize="small", frameon=False,
               columnspacing=1.2, handlelength=1.5)
 
 
 def report(curve, path):
-    """Draw the curve into the file `path`; return (Suggestion or None, one line of text).
+    """Plot the curve to the file `path`; return (Suggestion or None, one line of text).
 
-    A picture that cannot be drawn or written costs no answer: the text then says why.
+    A picture that cannot be drawn or written does not cost the answer; the text says why.
     """
     try:
         found = suggest(curve)
-        message = (f"LRMAX {found.lr_max:.3g} LRMIN {found.lr_min:.3g} steepest "
-                   f"{found.steepest:.3g}")
+        message = (f"lr {found.lr:.3g} LRMAX {found.lr_max:.3g} LRMIN {found.lr_min:.3g} "
+                   f"steepest {found.steepest:.3g}")
     except NotFound as problem:
         found, message = None, f"not found: {problem}"
     try:
@@ -282,11 +286,11 @@ def report(curve, path):
 
 @contextlib.contextmanager
 def everything_restored(model, optimizer, loss):
-    """Put back, bit for bit and after an exception too, all that training changes.
+    """Restore, bit for bit and even after an exception, everything that training changes.
 
-    Parameters and buffers of the model, of the loss if it is a module, and what else is in the
-    optimizer; gradients; train/eval flags; the optimizer's state and settings; the random states of
-    Python, numpy, the CPU and every CUDA GPU (not of Apple's, nor of a generator of your own).
+    Parameters and buffers of the model, of the loss if it is a module, and any further parameters
+    of the optimizer; gradients; train/eval flags; the optimizer's state and settings; the random
+    states of Python, numpy, the CPU and every CUDA GPU (not of Apple GPUs or custom generators).
     """
     modules = {*model.modules(), *(loss.modules() if isinstance(loss, torch.nn.Module) else ())}
     parameters = {p for m in modules for p in m.parameters()}
@@ -296,13 +300,13 @@ def everything_restored(model, optimizer, loss):
     if any(torch.nn.parameter.is_lazy(tensor) for tensor in tensors):
         raise ValueError("the model has lazy layers: run a batch through it first, then it has "
                          "parameters that can be restored")
-    # The stack calls all that it is given, the last first, even if one of the calls fails.
+    # ExitStack runs every callback, the last first, even if one raises.
     with torch.random.fork_rng(range(torch.cuda.device_count())), contextlib.ExitStack() as undo:
         undo.callback(random.setstate, random.getstate())
         undo.callback(np.random.set_state, np.random.get_state())
         for module in modules:
             undo.callback(setattr, module, "training", module.training)
-        for parameter in parameters:                      # puts the gradients aside, untouched
+        for parameter in parameters:                      # sets the gradients aside
             undo.callback(setattr, parameter, "grad", parameter.grad)
             parameter.grad = None
         for tensor in tensors:
@@ -315,7 +319,7 @@ def everything_restored(model, optimizer, loss):
 
 
 def mean_over_ranks(model, value):
-    """The loss as a number; of all ranks together, so that all of them stop at the same step."""
+    """The loss as a number, averaged over ranks so that all of them stop at the same step."""
     if isinstance(model, torch.nn.parallel.DistributedDataParallel):
         value = value.detach().clone()
         torch.distributed.all_reduce(value, group=model.process_group)

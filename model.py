@@ -20,9 +20,9 @@ before normalisation leaves normalisation a quarter of the pixels to read.
 import torch
 from torch import nn
 
-# What training and the range test must share: otherwise the test answers for another training.
+# What training and the range test must share: otherwise the test would measure another setup.
 MOMENTUM = {"muon": 0.6, "sgd": 0.9}           # Nesterov's; 0.6 as in airbench94_muon
-WEIGHT_DECAY = 1e-3                            # not of Muon's convolutions: their length is fixed
+WEIGHT_DECAY = 1e-3                            # not for Muon's convolutions: their norm is fixed
 LOGIT_SCALE = 0.125                            # see CustomResNet.forward
 
 
@@ -40,7 +40,7 @@ def conv_bn_relu(channels_in, channels_out, pool=False):
 
 
 class ResBlock(nn.Module):
-    """x + R(x), where R is conv-BN-ReLU twice; the shape (B, channels, H, W) stays."""
+    """x + R(x), where R is conv-BN-ReLU twice; the shape (B, channels, H, W) is unchanged."""
 
     def __init__(self, channels):
         super().__init__()
@@ -54,7 +54,7 @@ class ResBlock(nn.Module):
 class CustomResNet(nn.Module):
     """Normalised images (B, 3, 32, 32) to log-probabilities (B, classes), float32.
 
-    width: channels of the first stage, 64 by the assignment; fewer are quicker to experiment with.
+    width: channels of the first stage, 64 in the assignment; fewer make experiments quicker.
     """
 
     def __init__(self, classes=10, width=64):
@@ -73,8 +73,8 @@ class CustomResNet(nn.Module):
         x = self.layer2(x)                   # (B, 256,  8,  8)
         x = self.layer3(x)                   # (B, 512,  4,  4)
         x = self.pool(x).flatten(1)          # (B, 512)
-        # Each of the 512 features is a maximum over 16 places, so their sums are large, and the
-        # softmax of large logits is certain before it knows anything. Page's factor calms it.
+        # Each feature is a maximum over 16 positions, so the logits are large, and the softmax
+        # would be certain before it had learned anything. Page's factor tempers it.
         logits = self.fc(x).float() * LOGIT_SCALE                                  # (B, C)
         # The logarithm of the softmax: .exp() gives probabilities, and the cross-entropy is minus
         # the entry of the right class (nll_loss). A log taken afterwards could be log(0).
@@ -86,8 +86,8 @@ def orthogonal(matrix, dtype=torch.float32):
 
     No decomposition is computed. X X^T X = U S^3 V^T, so products alone can replace every singular
     value s by a s + b s^3 + c s^5. Three rounds with Jordan's a, b and c take values between 0.02
-    and 1 times the matrix's length (Frobenius norm) to 0.68 .. 1.21. Smaller ones grow 41-fold at
-    most. dtype is that of the arithmetic and of the result.
+    and 1 times the matrix's Frobenius norm to 0.68 .. 1.21 (in bf16). Smaller ones grow 41-fold at
+    most. dtype: of the arithmetic and the result.
     """
     x = (matrix / matrix.norm().clamp(min=1e-7)).to(dtype)        # now every s is at most 1
     x = x.T if len(matrix) > matrix.shape[1] else x               # X X^T is smaller than X^T X
@@ -105,15 +105,15 @@ class Muon(torch.optim.Optimizer):
         w <- w - lr (g + mu v)                           SGD; g includes the weight decay
         w <- w sqrt(n) / |w| - lr orthogonal(g + mu v)   groups with orthogonal=True, n rows
 
-    A gradient is long in a few directions, those in which the loss is steep. SGD hardly moves in
+    A gradient is large in a few directions, those in which the loss is steep. SGD hardly moves in
     the others; an orthogonal step goes about equally far in all. Batch normalisation behind a
-    convolution undoes any change of its length, so the length is not decayed but fixed, at sqrt(n).
-    That is the length of n orthonormal rows, too: a step is about lr times as long as the weights.
-    (The first convolution has 64 rows of 27: there it is sqrt(27 / 64) of that.)
+    convolution cancels any rescaling of its weights, so their norm is not decayed but fixed, at
+    sqrt(n). That is the norm of n orthonormal rows, too: a step is about lr times as large as the
+    weights. (The first convolution has 64 rows of 27: there it is sqrt(27 / 64) of that.)
 
         Muon([{"params": convolutions, "orthogonal": True}, {"params": others}], 0.1, 0.6, 1e-3)
 
-    dtype: of the products in `orthogonal`. lr may be a tensor, as a CUDA graph needs it.
+    dtype: of the products in `orthogonal`. lr may be a tensor, as a CUDA graph requires.
 
     Source: Jordan et al., kellerjordan.github.io/posts/muon, 2024; the fixed length and the three
     rounds are those of Jordan's airbench94_muon. torch.optim.Muon takes matrices only.
@@ -121,12 +121,16 @@ class Muon(torch.optim.Optimizer):
 
     def __init__(self, params, lr, momentum, weight_decay, dtype=torch.float32):
         super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay,
-                                  "orthogonal": False, "capturable": True})
+                                  "orthogonal": False,
+                                  "capturable": True})       # reads no value back: see make_step
         self.dtype = dtype
 
     @torch.no_grad()
     def step(self, closure=None):
-        loss = torch.enable_grad()(closure)() if closure else None
+        loss = None
+        if closure:
+            with torch.enable_grad():
+                loss = closure()
         for group in self.param_groups:
             lr, mu = group["lr"], group["momentum"]
             for w in group["params"]:
@@ -138,13 +142,13 @@ class Muon(torch.optim.Optimizer):
                 v = self.state[w]["momentum_buffer"].mul_(mu).add_(g)
                 step = g.add(v, alpha=mu)
                 if group["orthogonal"]:
-                    step = orthogonal(step.flatten(1), self.dtype).view_as(w).float()
+                    step = orthogonal(step.flatten(1), self.dtype).view_as(w).to(w.dtype)
                     w.mul_(len(w) ** 0.5 / w.norm().clamp(min=1e-7))
                 w.sub_(step * lr)
         return loss
 
 
-# ------------------------------------------------------------- how the two of them are set up here
+# ----------------------------------------------------- the lesson ends here; below, the setting up
 
 def pick_device():
     """A CUDA GPU, else Apple's GPU, else the CPU."""
@@ -154,7 +158,7 @@ def pick_device():
 
 
 def precision(device):
-    """The dtype of the arithmetic. Native ones only: emulated bf16 is slower than float32."""
+    """The dtype to compute in. Native ones only: emulated bf16 is slower than float32."""
     if device.type == "cuda":
         return (torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False)
                 else torch.float16)
@@ -182,7 +186,7 @@ def make_optimizer(net, name="muon", lr=0.1):
     """Muon, or with name="sgd" the assignment's SGD, each with the constants of the recipe."""
     device = next(net.parameters()).device
     if name == "sgd":
-        # Fused SGD, which a CUDA graph needs, is not for fp16: where the first step overflows it
+        # A CUDA graph needs fused SGD. In fp16 that is unsafe: if the first step overflows, it
         # leaves its momentum uninitialised.
         fused = device.type == "cuda" and precision(device) != torch.float16
         return torch.optim.SGD(net.parameters(), lr, MOMENTUM[name], nesterov=True,

@@ -1,4 +1,4 @@
-r"""The one-cycle policy: the learning rate rises once and falls once, and that is all.
+r"""The one-cycle policy: the learning rate rises once and falls once.
 
     LRMAX         /\                  step 0                LRMIN = LRMAX / 10
                  /    \               step P                LRMAX         (P: after 5 of 24 epochs)
@@ -13,8 +13,8 @@ Step k of T (k = 0 .. T - 1) is the k-th step of the optimizer: one batch, not o
 in batches of 512 has 97 steps an epoch, so for 24 epochs T = 2328 and P = 5 * 97 = 485.
 
 Most schedules end in *annihilation*: the rate falls to zero. This one stops at LRMIN, as the
-assignment asks, and leaves the weights noisy; train.py averages the noise out. If you keep no
-average, pass end=0.
+assignment asks, and leaves the weights noisy; train.py averages the noise out. If you do not
+average the weights, pass end=0.
 
     schedule = OneCycle(optimizer, total=2328, peak=485, lr_max=0.1)
     for k, batch in enumerate(batches):
@@ -22,7 +22,7 @@ average, pass end=0.
         ...
 
 Source: L. Smith, arXiv 1803.09820; with N. Topin, arXiv 1708.07120. Smith's momentum falls
-while the rate rises; here it stays where it is.
+while the rate rises; here it is constant.
 """
 import torch
 
@@ -30,8 +30,8 @@ import torch
 def one_cycle(step, total, peak, lr_max, start=1 / 10, end=1 / 10):
     """The learning rate of `step`, an integer from 0 to total - 1; at step `peak` it is lr_max.
 
-    start, end: the first and the last rate as shares of lr_max. end=0 is annihilation. ValueError
-    if a step lies outside the run.
+    start, end: the first and the last rate as fractions of lr_max. end=0 is annihilation.
+    ValueError if a step lies outside the run.
     """
     if not 0 <= step < total:
         raise ValueError(f"step {step} lies outside 0 .. {total - 1}")
@@ -46,14 +46,14 @@ class OneCycle:
     """Writes the rate of a step into an optimizer.
 
     The parameter group with the largest learning rate gets one_cycle's rate; the others keep their
-    ratio to it. There is no counter: a step always has the same rate, so a run that is resumed has
-    nothing to restore. ValueError if the cycle does not fit into the run.
+    ratio to it. There is no counter: a step always has the same rate, so a resumed run has no state
+    to restore. ValueError if the cycle does not fit the run.
     """
 
     def __init__(self, optimizer, total, peak, lr_max, start=1 / 10, end=1 / 10):
         if not (peak == int(peak) and 0 <= peak < total):
             raise ValueError(f"peak {peak} must be a step, an integer from 0 to {total - 1}: for a "
-                             f"share of the run pass round(share * total)")
+                             f"fraction of the run pass round(fraction * total)")
         rates = [float(group["lr"]) for group in optimizer.param_groups]
         if not max(rates) > 0:
             raise ValueError(f"the optimizer's learning rates are {rates}: give it one above 0")
@@ -68,7 +68,7 @@ class OneCycle:
         """Write the rates of `step` into the optimizer; return the largest."""
         lr = self.at(step)
         for group, ratio in zip(self.optimizer.param_groups, self.ratios):
-            if torch.is_tensor(group["lr"]):       # a CUDA graph reads it from where it is
+            if torch.is_tensor(group["lr"]):       # a CUDA graph reads this very tensor
                 group["lr"].fill_(lr * ratio)
             else:
                 group["lr"] = lr * ratio

@@ -1,7 +1,7 @@
-"""Tables and pictures of experiments.jsonl, so that no figure is copied by hand.
+"""Tables of experiments.jsonl and range_test.jsonl, so that no figure is copied by hand.
 
     python -m docs.tables        writes each table between its two markers in README.md and
-                                 docs/measurements.md, and img/experiment.png, rise.png and map.png
+                                 docs/measurements.md
 
 ± is the standard deviation over runs; that of a difference is its standard error.
 """
@@ -9,6 +9,7 @@ import re
 import statistics
 from pathlib import Path
 
+from docs import range_test
 from docs.experiments import read
 
 HERE = Path(__file__).parent
@@ -166,10 +167,10 @@ def ladder(rows):
     error = (statistics.variance(a) / len(a) + statistics.variance(b) / len(b)) ** 0.5
     return lines(["", "accuracy in %", "n", "gain", "how"], [
         ["the assignment: one cycle, SGD", mean(plain, "raw"), len(plain), "",
-         "`python train.py --optimizer sgd`, column `raw`"],
+         "`python train.py --optimizer sgd --lr-max 0.2`, column `raw`"],
         ["+ averaged weights", mean(plain, "averaged"), len(plain), average,
          "the same run, column `averaged`"],
-        ["+ Muon in place of SGD", f"**{mean(muon, 'averaged')}**", len(muon),
+        ["+ Muon instead of SGD", f"**{mean(muon, 'averaged')}**", len(muon),
          f"{gain:+.2f} ± {error:.2f}", "`python train.py`, column `averaged`"]])
 
 
@@ -191,10 +192,23 @@ def lr_min(rows):
     return lines(["LRMIN", *(name for name, _ in shares)], [["Muon, LRMAX 0.1", *cells]])
 
 
+def finders(rows):
+    """The README's table: our rule, each package's own, and a constant."""
+    shown = "lr", "fastai valley", "torch-lr-finder, on our range", "Lightning", "a constant"
+    (_, body), (_, small) = (range_test.summary(batch, shown) for batch in (32, 8))
+    return lines(["finder", "mean", "worst pair", "mean, batches of 8"],
+                 [[*a[:3], b[1]] for a, b in zip(body, small)])
+
+
 RATES = 0.0125, 0.025, 0.05, 0.1, 0.2, 0.4
 TABLES = {
     "ladder": ladder, "schedules": schedules, "headline": headline, "recipe": recipe, "rise": rise,
     "map": lr_by_decay, "lrmin": lr_min,
+    "finders": finders,
+    "finders, 32": lambda rows: lines(*range_test.summary(32)),
+    "finders, 8": lambda rows: lines(*range_test.summary(8)),
+    "pairs, 32": lambda rows: lines(*range_test.by_pair(32)),
+    "pairs, 8": lambda rows: lines(*range_test.by_pair(8)),
     "full": lambda rows: runs(rows, "sgd", 64, None),
     "half": lambda rows: runs(rows, "sgd", 32, 25000),
     "apart": lambda rows: apart(rows, 64, None),
