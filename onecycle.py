@@ -51,7 +51,7 @@ class OneCycle:
     """
 
     def __init__(self, optimizer, total, peak, lr_max, start=1 / 10, end=1 / 10):
-        if not (peak == int(peak) and 0 <= peak < total):
+        if peak not in range(total):
             raise ValueError(f"peak {peak} must be a step, an integer from 0 to {total - 1}: for a "
                              f"fraction of the run pass round(fraction * total)")
         rates = [float(group["lr"]) for group in optimizer.param_groups]

@@ -1,12 +1,13 @@
 """What the project claims, compared with something that it did not write itself: torch's
-OneCycleLR, Muon and SGD, torchvision's transforms, the singular value decomposition,
-the published numbers of SplitMix64, and closed forms.
+OneCycleLR, SGD, Muon and count of operations, torchvision's transforms, the singular value
+decomposition, and closed forms.
 
     pytest test_all.py              all of it; with -k kernel, the tests with that word in the name
 
 Where a run has to equal another one (same seed; cut off and resumed), it is compared with itself.
-Runs go through the command line, in `quick` circumstances. GPU tests skip where there is none; the
-Triton kernel runs in Triton's interpreter too, and is compiled for four generations of GPUs.
+Runs go through the command line, with networks of 8 channels (see `quick`). Tests that need a GPU
+skip where there is none; the Triton kernel runs in Triton's interpreter too, and is compiled for
+four generations of GPUs.
 """
 import contextlib
 import copy
@@ -24,10 +25,13 @@ import socket
 import subprocess
 import sys
 import tarfile
+import textwrap
+import warnings
 from hashlib import md5
 from pathlib import Path
 from types import SimpleNamespace
 
+import matplotlib
 import numpy as np
 import pytest
 import torch
@@ -35,7 +39,9 @@ import torch.nn.functional as F
 import torchvision.transforms.v2.functional as T
 from matplotlib.figure import Figure
 from torch import nn
+from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map
+from torch.utils.flop_counter import FlopCounterMode
 from torchvision.datasets import CIFAR10
 
 import data
@@ -43,10 +49,11 @@ import lrfinder
 import model
 import onecycle
 import train
+from docs import experiments, tables
 from lrfinder import Curve, NotFound, range_test, smooth, suggest
 
 HERE = Path(__file__).parent
-CPU, CUDA, BF16 = torch.device("cpu"), torch.device("cuda"), torch.bfloat16
+CPU, CUDA, MPS, BF16 = *map(torch.device, ("cpu", "cuda", "mps")), torch.bfloat16
 CIFAR10.url = "file:///nowhere/cifar-10-python.tar.gz"             # nothing is downloaded
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 needs_triton = pytest.mark.skipif(data.triton is None, reason="needs Triton, which is for Linux")
@@ -55,12 +62,11 @@ each = pytest.mark.parametrize
 
 def quick(patch=setattr, dtype=torch.float32):
     """Networks of 8 channels; unless dtype is None on the CPU, where bits come out the same."""
-    load = data.load
-    for module in (data, train):
-        patch(module, "load", lambda *arguments: load(*arguments)._replace(width=8))
-    for module in (model, train) if dtype else ():
-        patch(module, "pick_device", lambda: CPU)
-        patch(module, "precision", lambda device: dtype)
+    patch(train, "load", lambda *arguments: data.load(*arguments)._replace(width=8))
+    if dtype:
+        patch(train, "pick_device", lambda: CPU)
+        for module in (model, train):
+            patch(module, "precision", lambda device: dtype)
 
 
 def command(*arguments, main=train.main):
@@ -79,6 +85,13 @@ def command(*arguments, main=train.main):
     return status, *(stream.buffer.getvalue().decode() for stream in (out, err))
 
 
+def succeed(*arguments, **options):
+    """A command that has to; its stdout."""
+    status, out, err = command(*arguments, **options)
+    assert status == 0, err
+    return out
+
+
 def start(code, *arguments, **environment):
     """Run code in a fresh interpreter that can import the project."""
     return subprocess.Popen([sys.executable, "-c", code, *map(str, arguments)], cwd=HERE, text=True,
@@ -94,13 +107,6 @@ def python(code, *arguments, **environment):
     return out
 
 
-def succeed(*arguments, **options):
-    """A command that has to; its stdout."""
-    status, out, err = command(*arguments, **options)
-    assert status == 0, err
-    return out
-
-
 def with_bytes(tree):
     """Nested dicts and lists with each tensor and array as bytes, so that == compares."""
     def convert(leaf):
@@ -109,6 +115,15 @@ def with_bytes(tree):
             return leaf
         return leaf.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes()
     return tree_map(convert, tree)
+
+
+class MpsOnCpu(TorchFunctionMode):
+    """What is sent to Apple's GPU stays on the CPU; the device still says that it is "mps"."""
+
+    def __torch_function__(self, function, types, arguments=(), options=None):
+        if function is torch.Tensor.to:
+            arguments = [CPU if argument == MPS else argument for argument in arguments]
+        return function(*arguments, **(options or {}))
 
 
 def test_files_stand_alone(tmp_path):
@@ -129,23 +144,28 @@ assert os.environ["MPLBACKEND"] == "module://not_there"
 """, tmp_path, MPLBACKEND="module://not_there")
 
 
-# ------------------------------------------------------------------------------- model, precision
+# ----------------------------------------------------------------------------- model: the network
 
-def test_model_table(capsys):
-    """Shapes, parameters and multiply-accumulates, as the specification has them."""
-    model.main()
-    assert capsys.readouterr().out.replace(" x ", "x").split()[4:] == """
-        prep    64x32x32       1,856    1,769,472
-        layer1 128x16x16     369,408  150,994,944
-        layer2  256x8x8      295,424   75,497,472
-        layer3  512x4x4    5,901,312  150,994,944
-        pool    512x1x1            0            0
-        fc           10        5,130        5,120
-        all                6,573,130  379,261,952""".split()
+def test_model_table():
+    """The table in model.py: shapes as they come out, parameters, torch's count of operations."""
+    net, shapes = model.make_model(CPU), {}
+    for name, part in net.named_children():
+        part.register_forward_hook(
+            lambda part, inputs, out, name=name: shapes.update({name: [*out.shape[1:]]}))
+    with FlopCounterMode(display=False) as counter:
+        net(torch.zeros(1, 3, 32, 32))
+    rows = re.findall(r"^    (\w+) .*?  ([\dx ]+)  +([\d,]+)$", model.__doc__, re.M)
+    assert [name for name, *_ in rows] == "prep layer1 layer2 layer3 pool fc".split()
+    for name, shape, parameters in rows:
+        assert [int(n) for n in shape.split("x")] == shapes[name]
+        assert parameters == f"{sum(w.numel() for w in getattr(net, name).parameters()):,}"
+    assert f"{sum(w.numel() for w in net.parameters()):,} parameters" in model.__doc__
+    multiply_accumulates = counter.get_total_flops() / 2          # torch counts both
+    assert f"{multiply_accumulates / 1e6:.0f} million" in model.__doc__
 
 
 def test_model_computes():
-    """The specification, written a second time with torch's functions; channels last in memory."""
+    """The network against its specification, written with torch's functions; channels_last."""
     net = model.make_model(CPU, seed=1, classes=7, width=8).eval()
     for w in net.state_dict().values():         # BatchNorm's start, 1 and 0, would hide mistakes
         assert w.dim() < 4 or w.is_contiguous(memory_format=torch.channels_last)
@@ -169,11 +189,19 @@ def test_model_computes():
     torch.testing.assert_close(net(x), (0.125 * y).log_softmax(1), rtol=1e-4, atol=1e-5)
 
 
+def test_model_on_apple():
+    """On "mps" the weights of the same seed, but not channels_last, whose gradients are wrong."""
+    with MpsOnCpu():
+        net = model.make_model(MPS, width=8)
+    for ours, cpu in zip(net.parameters(), model.make_model(CPU, width=8).parameters()):
+        assert ours.is_contiguous() and torch.equal(ours, cpu)
+
+
 @each("device, native, dtype", [("cuda", True, BF16), ("cuda", False, torch.float16),
                                 ("cpu", True, BF16), ("cpu", False, torch.float32),
                                 ("mps", True, torch.float32)])
 def test_precision(monkeypatch, device, native, dtype):
-    """A T4 emulates bf16 and gets fp16, scaled and not fused; a CPU without gets float32."""
+    """A T4 emulates bf16 and gets fp16, scaled and not fused; a CPU without bf16 gets float32."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "is_bf16_supported",
                         lambda including_emulation=True: native or including_emulation)
@@ -184,24 +212,20 @@ def test_precision(monkeypatch, device, native, dtype):
     with model.autocast(device):
         assert torch.is_autocast_enabled(device.type) == (dtype != torch.float32)
         assert dtype in (torch.float32, torch.get_autocast_dtype(device.type))
-    monkeypatch.setattr(model, "Muon", lambda *arguments, **options: seen.update(options))
-    model.make_optimizer(SimpleNamespace(parameters=lambda: iter([SimpleNamespace(device=device)])))
+    monkeypatch.setattr(torch.optim, "SGD", lambda *arguments, **options: seen.update(options))
+    net = SimpleNamespace(parameters=lambda: iter([SimpleNamespace(device=device)]))
+    model.make_optimizer(net, "sgd")
     assert seen["fused"] == (device.type == "cuda" and native)
+    assert (seen["nesterov"], seen["weight_decay"]) == (True, 1e-3)       # too small to be seen
     monkeypatch.setattr(torch.cuda, "is_available", lambda: device.type == "cuda")
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: device.type != "cpu")
     assert model.pick_device() == device
 
 
-# ------------------------------------------------------------------------------------------- Muon
-
-def test_model_recipe():
-    """Nesterov momentum 0.6 and a decay of 1e-3, in every group."""
-    for group in model.make_optimizer(model.make_model(CPU, width=8)).param_groups:
-        assert (group["momentum"], group["weight_decay"], group["nesterov"]) == (0.6, 1e-3, True)
-
+# ----------------------------------------------------------------------------------- model: Muon
 
 def orthogonal_by_svd(matrix):
-    """What three iterations do to singular values that are shares of the matrix's length."""
+    """What three rounds do to singular values that are shares of the matrix's length."""
     u, s, v = torch.linalg.svd(matrix, full_matrices=False)
     s = s / s.norm()
     for _ in range(3):
@@ -211,41 +235,51 @@ def orthogonal_by_svd(matrix):
 
 @each("shape", [(64, 27), (27, 64), (40, 40)])
 def test_muon_orthogonal(shape):
+    """Products alone against the singular value decomposition; a matrix of zeros stays one."""
     matrix = 5 * torch.randn(shape, generator=torch.Generator().manual_seed(0))
     torch.testing.assert_close(model.orthogonal(matrix), orthogonal_by_svd(matrix),
                                rtol=1e-4, atol=1e-5)
     assert torch.equal(model.orthogonal(0 * matrix), 0 * matrix)                   # not 0 / 0
 
 
-@pytest.mark.skipif(not hasattr(torch.optim, "Muon"), reason="torch has Muon since 2.9")
-@each("sign", [1, -1])
-def test_muon_is_torchs(monkeypatch, sign):
-    """What is no convolution, as torch's SGD; torch's Muon leaves the length to weight decay."""
-    monkeypatch.setattr(model, "precision", lambda device: BF16)                     # as there
+def small_net():
+    """A convolution, a gain of four dimensions, which is none, and a fully connected layer."""
+    torch.manual_seed(0)
     net = nn.ModuleDict({"conv": nn.Conv2d(16, 24, 3, bias=False), "fc": nn.Linear(7, 5)})
-    other = copy.deepcopy(net.to(memory_format=torch.channels_last))
+    net.register_parameter("gain", nn.Parameter(torch.rand(1, 64, 1, 1)))
+    return net.to(memory_format=torch.channels_last)
+
+
+@pytest.mark.skipif(not hasattr(torch.optim, "Muon"), reason="torch has Muon since 2.9")
+def test_muon_is_torchs(monkeypatch):
+    """The recipe's optimizer: convolutions as by torch's Muon, all other weights as by its SGD.
+
+    torch's takes matrices only, and leaves their length to weight decay.
+    """
+    monkeypatch.setattr(model, "precision", lambda device: BF16)                     # as there
+    net, other = small_net(), small_net()
     conv, matrix = net["conv"].weight, nn.Parameter(other["conv"].weight.detach().flatten(1))
-    ours = model.Muon(net.parameters(), 0.1, 0.6, 1e-3, maximize=sign < 0)
+    ours = model.make_optimizer(net, lr=0.1)
     muon = torch.optim.Muon([matrix], 0.1, weight_decay=0, momentum=0.6, ns_steps=3)
-    sgd = torch.optim.SGD(other["fc"].parameters(), 0.1, 0.6, nesterov=True, weight_decay=1e-3,
-                          maximize=sign < 0)
+    sgd = torch.optim.SGD([other.gain, *other["fc"].parameters()], 0.1, 0.6, nesterov=True,
+                          weight_decay=1e-3)
     for k in range(4):
         for w, same in zip(net.parameters(), other.parameters()):
             w.grad = torch.randn_like(w)
             same.grad = w.grad.clone()
-        matrix.grad = sign * conv.grad.flatten(1)
+        matrix.grad = conv.grad.flatten(1)
         matrix.data *= 24 ** 0.5 / torch.linalg.matrix_norm(matrix.data)
         before = matrix.detach().clone()
         for optimizer in (ours, muon, sgd):
             optimizer.step()
         step, difference = matrix - before, conv.flatten(1) - matrix
         assert difference.norm() < 0.02 * (k + 1) * step.norm()           # bf16, rounded elsewhere
-        assert all(map(torch.equal, net["fc"].parameters(), other["fc"].parameters()))
+        torch.testing.assert_close(net.gain, other.gain)
+        torch.testing.assert_close([*net["fc"].parameters()], [*other["fc"].parameters()])
 
 
-def test_muon_rounding(monkeypatch):
+def test_muon_rounding():
     """The direction is bf16, all else float32: a rate that is a tensor is not rounded to bf16."""
-    monkeypatch.setattr(model, "precision", lambda device: BF16)
     conv, rate = nn.Parameter(torch.randn(24, 16, 3, 3)), torch.tensor(0.1234567)
     w, gradient = conv.detach().clone(), torch.randn_like(conv)
 
@@ -254,56 +288,75 @@ def test_muon_rounding(monkeypatch):
         loss.backward()
         return loss
 
-    assert model.Muon([conv], rate, 0.6, 0).step(closure) == (w * gradient).sum()
+    optimizer = model.Muon([{"params": conv, "orthogonal": True}], rate, 0.6, 1, BF16)
+    assert optimizer.step(closure) == (w * gradient).sum()
     direction = model.orthogonal((gradient * 1.6).flatten(1), BF16).view_as(w)
     expected = w * (24 ** 0.5 / w.norm()) - direction.float() * rate
     torch.testing.assert_close(conv.detach(), expected, rtol=0, atol=1e-6)
 
 
-def small_net():
-    """A convolution, channels_last, and a fully connected layer; the same every time."""
-    torch.manual_seed(0)
-    net = nn.ModuleDict({"conv": nn.Conv2d(16, 24, 3, bias=False), "fc": nn.Linear(7, 5)})
-    return net.to(memory_format=torch.channels_last)
+@each("named", [False, True])
+def test_muon_groups(named):
+    """Dicts, named parameters, a group that is added later, a weight without a gradient.
 
-
-def test_muon_zero_closure_groups():
-    """A convolution that starts at zero stays finite; step(closure); groups added later."""
-    net, late = small_net(), small_net()
-    net["conv"].weight.data.zero_()
-    optimizer = model.Muon([net["conv"].weight], 0.1, 0.6, 0)
-    optimizer.add_param_group({"params": net["fc"].parameters(), "lr": 0.01})
-    optimizer.add_param_group({"params": late["conv"].weight, "orthogonal": True})
-    unused = nn.Parameter(torch.ones(2, 2, 3, 3))                     # without a gradient
-    optimizer.add_param_group({"params": unused, "orthogonal": True})
-    x, bias = torch.ones(1, 16, 5, 5), net["fc"].bias.detach().clone()
-
-    def closure():
-        optimizer.zero_grad()
-        loss = (net["conv"](x) + late["conv"](x)).mean() + net["fc"](torch.ones(7)).sum()
+    The fully connected layer, at its own rate, against torch's SGD; a convolution that starts at
+    zero gets the length of about a step, another that of its 24 rows.
+    """
+    net, other, losses = small_net(), small_net(), []
+    convolutions, gain = [net["conv"].weight, other["conv"].weight], net.gain.detach().clone()
+    nn.init.zeros_(convolutions[0])
+    group = [("a", convolutions[0]), ("b", convolutions[1]), ("c", net.gain)]
+    optimizer = model.Muon([{"params": group if named else [w for _, w in group],
+                             "orthogonal": True}], 0.1, 0.6, 1e-3)
+    optimizer.add_param_group({"lr": 0.01, "params": [*net["fc"].named_parameters()] if named else
+                               [*net["fc"].parameters()]})
+    sgd = torch.optim.SGD(other["fc"].parameters(), 0.01, 0.6, nesterov=True, weight_decay=1e-3)
+    for _ in range(3):
+        loss = sum(one["conv"](torch.ones(16, 5, 5)).mean() + one["fc"](torch.ones(7)).norm()
+                   for one in (net, other))
+        for part in (optimizer, sgd):
+            part.zero_grad()
         loss.backward()
-        return loss
-
-    losses = [optimizer.step(closure).item() for _ in range(3)]
-    assert losses[0] > losses[1] > losses[2] and torch.equal(unused, torch.ones_like(unused))
-    assert 0.1 < net["conv"].weight.norm() < 9 and len(optimizer.param_groups) == 4
-    assert late["conv"].weight.norm().item() == pytest.approx(24 ** 0.5, rel=0.1)
-    # SGD's, at its own rate: the gradient is 1, so v = 1, 1.6, 1.96
-    moved = 0.01 * sum(1 + 0.6 * v for v in (1, 1.6, 1.96))
-    torch.testing.assert_close(bias - net["fc"].bias, torch.full((5,), moved))
+        for part in (optimizer, sgd):
+            part.step()
+        losses.append(loss.item())
+    assert losses[0] > losses[1] > losses[2] and torch.equal(net.gain, gain)
+    assert 0.1 < convolutions[0].norm() < 9
+    assert convolutions[1].norm().item() == pytest.approx(24 ** 0.5, rel=0.1)
+    torch.testing.assert_close([*net["fc"].parameters()], [*other["fc"].parameters()])
 
 
-# ----------------------------------------------------------------------------------- the schedule
+def test_muon_hooks():
+    """Hooks before and after a step run once a step, though a plain SGD was made before."""
+    net, calls = small_net(), []
+    torch.optim.SGD(net.parameters(), 0.1)                    # torch wraps SGD's step in its hooks
+    optimizer = model.make_optimizer(net)
+    optimizer.register_step_pre_hook(lambda *_: calls.append("before"))
+    optimizer.register_step_post_hook(lambda *_: calls.append("after"))
+    for _ in range(2):
+        optimizer.step()
+    assert calls == ["before", "after"] * 2
 
-@each("final", [1, 1e4])
+
+# -------------------------------------------------------------------------------------- onecycle
+
+def make_sgd(*rates):
+    """SGD of one weight a group, with these rates."""
+    return torch.optim.SGD([{"params": [nn.Parameter(torch.zeros(1))], "lr": lr} for lr in rates])
+
+
+@each("shares", [(), (1 / 25, 1 / 25e4)])
 @each("total, peak", [(2328, 485), (97, 1), (100, 98), (11, 5)])
-def test_schedule_is_torchs(total, peak, final):
-    optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=1)
+def test_schedule_is_torchs(total, peak, shares):
+    """Every step against torch's OneCycleLR: by default from and to a tenth."""
+    first, last = shares or (1 / 10, 1 / 10)
+    optimizer = make_sgd(1)
     oracle = torch.optim.lr_scheduler.OneCycleLR(
         optimizer, max_lr=0.4, total_steps=total, pct_start=(peak + 1) / total,
-        anneal_strategy="linear", cycle_momentum=False, div_factor=10, final_div_factor=final)
+        anneal_strategy="linear", cycle_momentum=False, div_factor=1 / first,
+        final_div_factor=first / last)
     for step in range(total):
-        ours = onecycle.one_cycle(step, total, peak, 0.4, None if final == 1 else 0.04 / final)
+        ours = onecycle.one_cycle(step, total, peak, 0.4, *shares)
         assert ours == pytest.approx(optimizer.param_groups[0]["lr"], abs=1e-12)
         optimizer.step()
         if step < total - 1:
@@ -313,60 +366,56 @@ def test_schedule_is_torchs(total, peak, final):
 @each("total, peak", [(1, 0), (2, 0), (2, 1), (5, 0), (5, 4)])
 def test_schedule_edges(total, peak):
     """A peak at either end, the shortest runs; annihilation ends at 0; no step outside the run."""
-    lrs, ends = ([onecycle.one_cycle(k, total, peak, 10, end) for k in range(total)]
-                 for end in (None, 0))
-    assert lrs[peak] == ends[peak] == 10 and all(lrs[k] == 1 for k in {0, total - 1} - {peak})
-    assert peak == total - 1 or ends[-1] == 0
-    for step, top in ((total, peak), (-1, peak), (0, total), (0, -1)):
-        with pytest.raises(ValueError):
-            onecycle.one_cycle(step, total, top, 10)
+    lrs, annihilated = ([onecycle.one_cycle(k, total, peak, 10, **options) for k in range(total)]
+                        for options in ({}, {"end": 0}))
+    assert lrs[peak] == annihilated[peak] == 10
+    assert all(lrs[k] == pytest.approx(1) for k in {0, total - 1} - {peak})
+    assert peak == total - 1 or annihilated[-1] == 0
+    for step in (total, -1):
+        with pytest.raises(ValueError, match=f"step {step} lies outside"):
+            onecycle.one_cycle(step, total, peak, 10)
 
 
 def test_schedule_groups():
-    """Groups keep their ratio in any order of steps; a tensor, which a graph reads, is filled."""
-    weights, rates = [nn.Parameter(torch.zeros(1)) for _ in range(3)], [1, torch.tensor(2.0), 0.5]
-    optimizer = torch.optim.SGD([{"params": [w], "lr": lr} for w, lr in zip(weights, rates)])
-    schedule = onecycle.OneCycle(optimizer, total=50, peak=10, lr_max=0.4, lr_end=0)
+    """Groups keep their ratio in any order of steps; a tensor, which a graph reads, is filled.
+
+    Loading a state replaces the optimizer's groups: the new ones get the rates.
+    """
+    rates = [1, torch.tensor(2.0), 0.5]
+    optimizer = make_sgd(*rates)
+    schedule = onecycle.OneCycle(optimizer, total=50, peak=10, lr_max=0.4, end=0)
     for step in (30, 10, 49, 0, 30):
-        expected = onecycle.one_cycle(step, 50, 10, 0.4, 0)
+        expected = onecycle.one_cycle(step, 50, 10, 0.4, end=0)
         assert schedule.set(step) == schedule.at(step) == expected
         lrs = [group["lr"] for group in optimizer.param_groups]
         assert lrs[1] is rates[1] and lrs[1].item() == pytest.approx(expected)
         assert (lrs[0], lrs[2]) == (expected / 2, expected / 4)
+    optimizer.load_state_dict(make_sgd(7, 8, 9).state_dict())
+    schedule.set(10)
+    assert [group["lr"] for group in optimizer.param_groups] == pytest.approx([0.2, 0.4, 0.1])
 
 
-def test_schedule_picture():
-    """The points that it names lie on the curve."""
-    ax = Figure().subplots()
-    onecycle.plot(ax, 2328, 485)
-    curve = ax.lines[0].get_ydata()
-    points = [tuple(line.get_xydata()[0]) for line in ax.lines[2:]]
-    assert points == [(k, curve[k]) for k in (0, 485, 2327)]
+@each("peak, rates, words", [(0.3, [1], "peak 0.3 .* round"), (50, [1], "peak 50"),
+                             (-1, [1], "peak -1"), (10, [0, 0], "learning rates")])
+def test_schedule_refused(peak, rates, words):
+    """A share of the run, a peak outside it, and rates without a ratio: at once, by a sentence."""
+    with pytest.raises(ValueError, match=words):
+        onecycle.OneCycle(make_sgd(*rates), 50, peak, 0.4)
 
 
-# --------------------------------------------------------------------------------- random numbers
+# --------------------------------------------------------------------------- data: random numbers
 
-@each("seed, stream", [(0, 0), (1, 0), (5, 7), (2**31 - 1, 2**32 - 1)])     # (1, 0): sign bit set
-def test_random_numbers(seed, stream):
-    """Those of SplitMix64, of which five are published for the seed 1234567; less the sign."""
-    steps = torch.arange(1, 6) * (data.GAMMA - 2**64)
-    assert [z % 2**64 for z in data.mix(1234567 + steps).tolist()] == [
-        6457827717110365317, 3203168211198807973, 9817491932198370423, 4593380528125082431,
-        16408922859458223821]
-    numbers = data.mix(data.mix(torch.tensor(seed * 2**32 + stream)) + steps)
-    assert data.random_numbers(5, seed, stream).tolist() == [z % 2**63 for z in numbers.tolist()]
-
-
-def test_draws_are_uniform():
+@each("count, epochs", [(100_000, 1), (10_000, 10)])
+def test_draws_are_uniform(count, epochs):
     """Chi-square of every two columns together, so of each: the image and its place in tenths."""
     columns = []
-    for epoch in range(10):
-        draws = data.draw_epoch(10_000, 0, epoch).long()
-        assert draws[:, data.INDEX].unique().tolist() == list(range(10_000))       # each once
-        tenths = torch.stack([torch.arange(10_000), draws[:, data.INDEX]]) // 1000
+    for epoch in range(epochs):
+        draws = data.draw_epoch(count, 0, epoch).long()
+        assert draws[:, data.INDEX].unique().tolist() == list(range(count))        # each once
+        tenths = torch.stack([torch.arange(count), draws[:, data.INDEX]]) * 10 // count
         columns.append(torch.cat([tenths, draws[:, 1:].T]))
-        rises = draws[1:, data.INDEX] > draws[:-1, data.INDEX]            # no ties in file order
-        assert abs(rises.sum() - 5000) < 200
+        rises = draws[1:, data.INDEX] > draws[:-1, data.INDEX]
+        assert abs(rises.sum() - count / 2) < 2 * count ** 0.5            # of 0.29: no file order
     columns, sizes = torch.cat(columns, dim=1), (10, 10, 9, 9, 2, 32, 32)          # (7, 100,000)
     for a, b in itertools.combinations(range(7), 2):
         cells = sizes[a] * sizes[b]
@@ -388,7 +437,24 @@ def test_draws_of_flips():
     assert abs((flips[0, 0] == flips[1, 0]).sum() - 5000) < 200           # two seeds: by chance
 
 
-# ----------------------------------------------------------------------- augmentation, the kernel
+def test_draws_of_streams(monkeypatch):
+    """Each epoch of each seed has a generator of its own, and so have the sides of each seed.
+
+    numpy may give two seeds the same numbers: default_rng([5]) and default_rng([5, 0]) are equal.
+    """
+    states, default_rng = [], np.random.default_rng
+
+    def look(seed):
+        states.append(str(default_rng(seed).bit_generator.state))
+        return default_rng(seed)
+
+    monkeypatch.setattr(np.random, "default_rng", look)
+    for seed, epoch in itertools.product(range(4), range(4)):
+        data.draw_epoch(3, seed, epoch)
+    assert len(states) == 4 * 4 * 2 and len({*states}) == 4 * 4 + 4
+
+
+# ------------------------------------------------------------------- data: augmentation, the kernel
 
 MEAN, INVERSE_STD = torch.tensor([125.3, 123.0, 113.9]), 1 / torch.tensor([63.0, 62.1, 66.7])
 PICTURES = torch.from_numpy(np.random.default_rng(7).integers(0, 256, (11, 32, 32, 3), np.uint8))
@@ -402,6 +468,7 @@ def every_draw():
 
 
 def test_augment_is_torchvisions():
+    """Every offset, flip and place of the cutout against torchvision's transforms."""
     draws = every_draw()
     ours = data.augment(PICTURES, draws, MEAN, INVERSE_STD, torch.float32)
     assert ours.is_contiguous(memory_format=torch.channels_last)
@@ -420,31 +487,30 @@ def test_augment_is_torchvisions():
 
 
 def check_kernel(device):
-    """The kernel's results are the reference's on the CPU, bit for bit."""
-    for dtype in (torch.float32, torch.float16, BF16):
-        for draws in (every_draw(), every_draw()[5:6]):
-            inputs = PICTURES, draws, MEAN, INVERSE_STD
-            reference = data.augment(*inputs, dtype)
-            ours = data.fused_augment(*(tensor.to(device) for tensor in inputs), dtype).cpu()
-            assert ours.shape == reference.shape and ours.dtype == dtype
-            assert ours.is_contiguous(memory_format=torch.channels_last)
-            if dtype == BF16 and device == CPU:
-                # Triton's interpreter may cut float32 off to bf16 where hardware rounds to nearest.
-                bits = [x.contiguous().view(torch.int16).int() for x in (ours, reference)]
-                assert (bits[0] - bits[1]).abs().max() <= 1
-            else:
-                assert with_bytes(ours) == with_bytes(reference)          # -0.0 is not 0.0
+    """The kernel against the reference on the CPU, bit for bit; whatever the tensors' strides."""
+    every, scattered = every_draw(), PICTURES.permute(1, 2, 0, 3).contiguous().permute(2, 0, 1, 3)
+    for dtype, pictures, draws, mean in (
+            (torch.float32, PICTURES, every, MEAN), (torch.float16, PICTURES, every[5:6], MEAN),
+            (torch.float16, PICTURES, every[-27:], MEAN), (BF16, PICTURES, every[-27:], MEAN),
+            (BF16, scattered, every[:40:2], torch.tensor(120.0).expand(3))):
+        # `augment` reads any strides but the pictures'.
+        reference = data.augment(pictures.contiguous(), draws, mean, INVERSE_STD, dtype)
+        inputs = [tensor.to(device) for tensor in (pictures, draws, mean, INVERSE_STD)]
+        ours = data.fused_augment(*inputs, dtype).cpu()
+        assert ours.shape == reference.shape and ours.dtype == dtype
+        assert ours.is_contiguous(memory_format=torch.channels_last)
+        if dtype == BF16 and device == CPU:
+            # Triton's interpreter may cut float32 off to bf16 where hardware rounds to nearest.
+            bits = [x.contiguous().view(torch.int16).int() for x in (ours, reference)]
+            assert (bits[0] - bits[1]).abs().max() <= 1
+        else:
+            assert with_bytes(ours) == with_bytes(reference)              # -0.0 is not 0.0
 
 
 @needs_triton
 def test_kernel_interpreted():
+    """`check_kernel` by Triton's interpreter, on the CPU."""
     python("import test_all; test_all.check_kernel(test_all.CPU)", TRITON_INTERPRET="1")
-
-
-@needs_gpu
-@needs_triton
-def test_gpu_kernel():
-    check_kernel(CUDA)
 
 
 def test_kernel_refused(capsys):
@@ -470,6 +536,8 @@ for capability in (75, 80, 90, 100):
 """, TRITON_INTERPRET="0", TRITON_CACHE_DIR=str(tmp_path), HOME="/nowhere")
 
 
+# -------------------------------------------------------------------------------- data: the loader
+
 def make_loader(batch_size=4, device=CPU, dtype=torch.float32, train=11):
     """Of PICTURES, over and over; labels are their numbers; the 7 test images are lighter."""
     images = [PICTURES[torch.arange(n) % 11].numpy() for n in (train, 7)]
@@ -479,7 +547,7 @@ def make_loader(batch_size=4, device=CPU, dtype=torch.float32, train=11):
 
 
 def test_loader():
-    """An epoch is the table's; the test set is in order, with the training set's deviation."""
+    """An epoch against the table's; the test set, in order, against numpy's mean and deviation."""
     loader, draws = make_loader(), data.draw_epoch(11, 5, 3)[:8]
     inputs, labels = (torch.cat(parts) for parts in zip(*loader.epoch(seed=5, epoch=3)))
     assert len(loader) == 2 and labels.tolist() == draws[:, data.INDEX].tolist()
@@ -491,9 +559,21 @@ def test_loader():
     expected = torch.from_numpy((128 + PICTURES[:7].numpy() // 2 - mean) / std).permute(0, 3, 1, 2)
     torch.testing.assert_close(torch.cat(inputs), expected.float())
     assert data.normalisation(0 * PICTURES)[1].isfinite().all()           # one colour: no 1 / 0
+    few = make_loader(batch_size=512)                                     # a batch is all of them
+    assert (few.batch_size, len(few), len(next(few.epoch(0, 0))[0])) == (11, 1, 11)
 
 
-# ---------------------------------------------------------------------------------- the data sets
+def test_loader_on_apple():
+    """On "mps" the same batches, but contiguous; on the CPU they are channels_last."""
+    with MpsOnCpu():
+        ours = [*make_loader(device=MPS).epoch(0, 0)]
+    theirs = [*make_loader().epoch(0, 0)]
+    assert with_bytes(ours) == with_bytes(theirs) and len(ours) == 2
+    assert all(inputs.is_contiguous() for inputs, _ in ours)
+    assert all(x.is_contiguous(memory_format=torch.channels_last) for x, _ in theirs)
+
+
+# ------------------------------------------------------------------------------ data: the data sets
 
 def cifar10_on_disk(folder, monkeypatch, archive=False):
     """Write CIFAR-10's files of 32 images, or their archive, with sums; return the pixels."""
@@ -544,6 +624,15 @@ def test_cifar10_damaged(tmp_path, monkeypatch, source, inner):
         data.load(source, tmp_path / inner)
 
 
+@each("neighbour", ["cifar-100-python", "CIFAR-10-C", "cifar-10.txt"])
+def test_cifar10_missing(tmp_path, capsys, neighbour):
+    """What lies beside it is no damaged CIFAR-10: `auto` goes on with the shapes, and says so."""
+    (tmp_path / neighbour).mkdir()
+    assert not data.load("auto", tmp_path).real and "NOT CIFAR-10" in capsys.readouterr().err
+    with pytest.raises(FileNotFoundError, match="cannot be downloaded"):
+        data.load("cifar10", tmp_path)
+
+
 RNG, ARRAYS = np.random.default_rng(0), {}        # ten colours under noise; the training set lacks
 COLOURS = RNG.integers(0, 200, (10, 1, 1, 3))     # the last, the test set the first
 for split, labels in (("train", RNG.integers(0, 9, 64)), ("test", RNG.integers(1, 10, 48))):
@@ -556,9 +645,10 @@ LABELS = ARRAYS["train_labels"]
 @each("changes", [
     {}, {"train_labels": LABELS[:, None].astype(np.uint8)}, {"train_labels": LABELS.astype(">i4")},
     {"train_labels": LABELS.astype(np.uint64), "test_labels": ARRAYS["test_labels"][:, None]},
-    {"train_images": np.asfortranarray(ARRAYS["train_images"])}], ids=" ".join)
+    {"train_images": np.asfortranarray(ARRAYS["train_images"])},
+    {"classes": np.array([[*"0123456789"]]).T}], ids=" ".join)
 def test_npz(tmp_path, changes):
-    """Labels of any integer type, in a column too; images of any order in memory."""
+    """Labels of any integer type; labels and names in a column; images of any order in memory."""
     np.savez_compressed(tmp_path / "own.npz", **{**ARRAYS, **changes})
     own = data.load(str(tmp_path / "own.npz"))
     assert own.classes == [*"0123456789"] and own.real and own.name == "own.npz"
@@ -574,64 +664,50 @@ class Bomb:
         return sys.exit, (99,)
 
 
-BAD_FILES = {                                      # the .npz's changes, or its bytes
-    "empty": b"", "text": b"not an npz\n" * 50, "a key missing": {"test_labels": None},
-    "channels first": {"train_images": np.zeros((64, 3, 32, 32), np.uint8)},
-    "float": {"train_images": np.zeros((64, 32, 32, 3), np.float32)},
-    "grey": {"test_images": np.zeros((48, 32, 32), np.uint8)},
-    "no images": {"test_images": np.zeros((0, 32, 32, 3), np.uint8)},
-    "too few labels": {"train_labels": LABELS[:-1]}, "half labels": {"train_labels": LABELS / 2},
-    "negative labels": {"train_labels": LABELS - 1},
-    "too large labels": {"test_labels": [10_000] * 48},
-    "pickled": {"train_labels": np.array([Bomb()] * 64)}, "nothing": None}
+BAD_FILES = {                               # what the sentence names; the .npz's changes or bytes
+    "empty": ("", b""), "text": ("", b"not an npz\n" * 50), "nothing": ("", None),
+    "a key missing": ("test_labels", {"test_labels": None}),
+    "channels first": ("train_images", {"train_images": np.zeros((64, 3, 32, 32), np.uint8)}),
+    "float": ("train_images", {"train_images": np.zeros((64, 32, 32, 3), np.float32)}),
+    "grey": ("test_images", {"test_images": np.zeros((48, 32, 32), np.uint8)}),
+    "no images": ("test_images", {"test_images": np.zeros((0, 32, 32, 3), np.uint8)}),
+    "too few labels": ("train_labels", {"train_labels": LABELS[:-1]}),
+    "half labels": ("train_labels", {"train_labels": LABELS / 2}),
+    "negative labels": ("train_labels", {"train_labels": LABELS - 1}),
+    "too large labels": ("test_labels", {"test_labels": [10_000] * 48}),
+    "code": ("train_labels", {"train_labels": np.array([Bomb()] * 64)}),
+    "one name": ("classes", {"classes": "a cat"}),
+    "pickled names": ("classes", {"classes": np.array([*"0123456789"], object)})}
 
 
 @each("name", BAD_FILES)
 def test_npz_refused(tmp_path, name):
-    bad, path = BAD_FILES[name], tmp_path / "bad.npz"
+    """One sentence that names the file and the array, and no folder of a run."""
+    (array, bad), path = BAD_FILES[name], tmp_path / "bad.npz"
     if isinstance(bad, bytes):
         path.write_bytes(bad)
     elif bad:
         np.savez(path, **{k: v for k, v in {**ARRAYS, **bad}.items() if v is not None})
-    with pytest.raises((OSError, ValueError), match="bad.npz"):
-        data.load(path)
     status, _, err = command("--data", path, "--out", tmp_path / "out")
-    assert status == 1 and "bad.npz" in err and not (tmp_path / "out").exists()
+    assert status == 1 and "bad.npz" in err and array in err and len(err.strip().split("\n")) == 1
+    assert not (tmp_path / "out").exists()
 
 
 def test_shapes():
-    """The same every time, and balanced."""
+    """The same every time, balanced, and hard for a linear classifier: least squares, a ridge."""
     shapes = data.load("synthetic")
     assert with_bytes([*shapes]) == with_bytes([*data.synthetic()]) and not shapes.real
     assert shapes.train_images.shape == (2560, 32, 32, 3) and len(shapes.classes) == 10
     assert shapes.test_labels.bincount().tolist() == [100] * 10
     corner = shapes.train_images[:, 0, :6].float()                       # noise alone
     assert corner.diff(dim=1).std().item() / 2**0.5 == pytest.approx(30, rel=0.1)
+    x, test = (images[:, ::2, ::2].flatten(1) / 128 - 1
+               for images in (shapes.train_images, shapes.test_images))
+    w = torch.linalg.solve(x.T @ x + 10 * torch.eye(768), x.T @ torch.eye(10)[shapes.train_labels])
+    assert ((test @ w).argmax(1) == shapes.test_labels).float().mean() < 0.2
 
 
-@each("main, words, picture", [(onecycle.main, "485: 1.00", "schedule.png"),
-                               (data.main, "128 images", "augmented.png")])
-def test_mains(tmp_path, monkeypatch, main, words, picture):
-    """Each draws its picture; data.py measures an epoch of whole batches."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    cifar10_on_disk(tmp_path / "data", monkeypatch)
-    monkeypatch.setattr(data.Dataset.__new__, "__defaults__", (64, 8, 1, True))
-    assert words in " ".join(succeed(main=main).split())
-    assert Path(picture).stat().st_size > 5000
-
-
-def test_augmented_picture():
-    """Padded around the stored image, cropped one row down and eight to the right, flipped."""
-    own = data.make_dataset("own", [*ARRAYS.values()])
-    axes = data.plot(own, 2).axes[::2]                                   # of the first image
-    stored, padded, cropped, flipped = (np.asarray(ax.images[0].get_array()) for ax in axes[:4])
-    assert np.array_equal(stored, own.train_images[0])
-    assert np.array_equal(padded[4:36, 4:36], stored)
-    assert np.array_equal(cropped, padded[1:33, 8:40]) and np.array_equal(flipped, cropped[:, ::-1])
-
-
-# ------------------------------------------------------------------------- a step, and an epoch
+# -------------------------------------------------------------------- train: a step, and an epoch
 
 def random_batches(count, seed=0):
     generator = torch.Generator().manual_seed(seed)
@@ -645,7 +721,7 @@ def test_step_scales(tmp_path, monkeypatch):
     for scale in (None, 2.0**10, 2.0**127):
         net = model.make_model(CPU, width=8)
         scaler = torch.amp.GradScaler("cpu", scale) if scale else model.make_scaler(CPU)
-        optimizer = model.make_optimizer(net, 0.01)
+        optimizer = model.make_optimizer(net, lr=0.01)
         # Without a factor, gradients would be too small to overflow.
         step = train.make_step(net, optimizer, scaler, lambda *a: 1e6 * F.nll_loss(*a))
         assert all(0 <= step(*batch)[1] <= 6 for batch in random_batches(4))
@@ -653,43 +729,11 @@ def test_step_scales(tmp_path, monkeypatch):
     assert results[0] == results[1] != results[2]
     assert scaler.get_scale() == 2.0**123                     # halved by each of four overflows
     assert with_bytes([*model.make_model(CPU, width=8).parameters()]) == results[2]
-    train.save_run(tmp_path, {}, [], net, net, optimizer, scaler)
-    again = torch.amp.GradScaler("cpu")
-    train.restore(train.read_checkpoint(tmp_path), net, net, optimizer, again)
-    assert again.state_dict() == scaler.state_dict()          # a resumed run goes on with its scale
-
-
-def test_step_of_a_graph(monkeypatch):
-    """It is recorded once, with a stream of its own; then its memory is filled: a stand-in's."""
-    calls, streams = [], []
-
-    def double(x):
-        calls.append((x, 2 * x))
-        return [calls[-1][1]]
-
-    graph = SimpleNamespace(replay=lambda: calls[3][1].copy_(2 * calls[3][0]))
-    monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: graph)
-    monkeypatch.setattr(torch.cuda, "Stream", lambda: "own")
-    monkeypatch.setattr(torch.cuda, "graph",
-                        lambda graph, stream: contextlib.nullcontext(streams.append(stream)))
-    replay, batches = train.as_graph(double), [torch.full((2,), float(k)) for k in range(6)]
-    assert [replay(batch)[0].tolist() for batch in batches] == [[2 * k] * 2 for k in range(6)]
-    assert [batch.tolist() for batch in batches] == [[k, k] for k in range(6)]
-    assert len(calls) == 4 and streams == ["own"]
-
-
-@each("scaled, fused", [(False, True), (True, True), (False, False)])
-def test_step_rates(monkeypatch, scaled, fused):
-    """A graph reads rates from tensors; none with a scaler, nor for an optimizer that asks."""
-    monkeypatch.setattr(train, "as_graph", lambda step: "graph")
-    monkeypatch.setattr(torch, "tensor", lambda value, device: (value, device))
-    net = SimpleNamespace(parameters=lambda: iter([SimpleNamespace(device=CUDA)]))
-    optimizer = SimpleNamespace(param_groups=[{"lr": 0.1}, {"lr": 0.2}], defaults={"fused": fused})
-    step = train.make_step(net, optimizer, SimpleNamespace(is_enabled=lambda: scaled))
-    rates = [group["lr"] for group in optimizer.param_groups]
-    graph = fused and not scaled
-    assert (step == "graph") == graph and rates == ([(0.1, CUDA), (0.2, CUDA)] if graph
-                                                    else [0.1, 0.2])
+    parts = {"net": net, "average": net, "optimizer": optimizer, "scaler": scaler}
+    train.save_run(tmp_path, {}, [], parts)
+    again = parts | {"scaler": torch.amp.GradScaler("cpu")}
+    train.begin_run(tmp_path, {}, again, train.read_checkpoint(tmp_path / "checkpoint.pt"))
+    assert again["scaler"].state_dict() == scaler.state_dict()       # it goes on with its scale
 
 
 @each("step, d", [(0, 0.1), (2, 0.25), (889, 890 / 899), (5000, 0.99)])
@@ -701,17 +745,18 @@ def test_average(step, d):
     torch.testing.assert_close(average.weight, expected)
 
 
-def test_average_statistics(monkeypatch):
-    """The mean over five of eight batches of each one's mean and variance, of their own weights."""
+@each("batch_size, count", [(512, 10), (511, 11)])
+def test_average_statistics(monkeypatch, batch_size, count):
+    """BatchNorm's against each batch's mean and variance, averaged over a tenth of 50,000."""
     quick(monkeypatch.setattr)
-    monkeypatch.setattr(train, "SAMPLE", 18)
-    net, loader = model.make_model(CPU, width=8), make_loader(4, train=33)
+    net, batches = model.make_model(CPU, width=8), random_batches(12)     # small ones, for speed
+    loader = SimpleNamespace(batch_size=batch_size, device=CPU, epoch=lambda *_: iter(batches))
     convolution, bn, _ = net.prep
     bn.running_mean += 5                                      # is forgotten
     train.measure_statistics(net, loader, 3, 2)
-    outputs = torch.stack([convolution(x).detach() for x, _ in loader.epoch(3, 2)][:5])
+    outputs = torch.stack([convolution(x).detach() for x, _ in batches[:count]])
     torch.testing.assert_close(bn.running_mean, outputs.mean((1, 3, 4)).mean(0))
-    torch.testing.assert_close(bn.running_var, outputs.var((1, 3, 4)).mean(0))
+    torch.testing.assert_close(bn.running_var, outputs.transpose(1, 2).flatten(2).var(2).mean(0))
 
 
 class Opinions(nn.Module):
@@ -733,231 +778,35 @@ def test_accuracy():
     assert train.accuracy(Opinions(), [(x, 0 * labels)], flip=True) == 1
 
 
-# -------------------------------------------------------------------------------------- whole runs
+@each("labels, classes, wrong, widths", [
+    ([1] * 40 + [2] * 5 + [0, 1, 1], ["same"] * 10, 6, [0, 100, 0]),
+    ([*range(48)], [*map(str, range(100))], 16, [0] * 20)])
+def test_mistakes(tmp_path, monkeypatch, labels, classes, wrong, widths):
+    """A network that always says 1: the surest mistakes first, 16 at most; bars, shares right.
 
-def options(folder):
-    return ["--data", folder / "own.npz", "--epochs", 3, "--batch-size", 16, "--lr-max", 0.1]
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    """own.npz, 64 images to train on and 48 to test, and `whole`, a run of 3 epochs of 4 steps."""
-    folder = tmp_path_factory.mktemp("runs")
-    np.savez(folder / "own.npz", **ARRAYS)
-    succeed(*options(folder), "--out", folder / "whole")
-    return folder
-
-
-def outcome(run):
-    """All that a run ends with, but for its seconds, as plain objects that == compares."""
-    content = train.read_checkpoint(run)
-    for row in content["history"]:
-        del row["seconds"], row["speed"]
-    content["result"] = torch.load(run / "model.pt", weights_only=True)["weights"]
-    return with_bytes(content)
-
-
-@each("real", [True, False])
-def test_run_on(tmp_path, monkeypatch, real):
-    """From the command to the results; what is not CIFAR-10 says so; the time-out is put back."""
-    seen = []
-    monkeypatch.setattr(socket, "getdefaulttimeout", lambda: 77)
-    monkeypatch.setattr(socket, "setdefaulttimeout", seen.append)
-    if real:
-        cifar10_on_disk(tmp_path, monkeypatch)
-    monkeypatch.setattr(data, "synthetic", functools.partial(data.synthetic, 320, 100))
-    status, out, err = command("--data-dir", tmp_path, "--epochs", 1, "--batch-size", 32,
-                               "--lr-max", 0.1, "--out", tmp_path)
-    assert status == 0 and (real or seen[-1] == 77), err
-    assert [("NOT CIFAR-10" in text) for text in (out, err)] == [not real] * 2
-    saved = torch.load(tmp_path / "model.pt", weights_only=True)
-    assert saved["classes"][0] == ("airplane" if real else "disc") and saved["width"] == 8
-    for name in ("history.json", "checkpoint.pt", "curves.png", "mistakes.png"):
-        assert (tmp_path / name).stat().st_size > 100
-
-
-def test_run_seed(folder):
-    """The same seed gives the same run bit for bit, another seed another; so does --runs."""
-    out = succeed(*options(folder), "--runs", 2, "--out", folder / "several")
-    first, second = (outcome(folder / "several" / f"seed{seed}") for seed in (0, 1))
-    assert first == outcome(folder / "whole") and first["result"] != second["result"]
-    results = [run["history"][-1]["averaged"] for run in (first, second)]
-    assert f"{np.mean(results):.2%} +- {np.std(results, ddof=1):.2%}" in out
-    succeed(*options(folder), "--seed", 1, "--out", folder / "seed1")
-    assert outcome(folder / "seed1") == second
-
-
-def test_run_is_the_recipe(folder, monkeypatch):
-    """Muon, SGD and average by hand, 12 steps: rates, losses, accuracies, weights, statistics."""
-    quick(monkeypatch.setattr)
-    own, net, history = data.load(folder / "own.npz"), model.make_model(CPU, 3, width=8), []
-    loader = data.Loader(own, 16, torch.float32, CPU)
-    # Small rates, so that rounding grows slowly; the peak is at 5/24 of 12 steps, rounded.
-    lrs = [*np.linspace(1e-4, 1e-3, 3), *np.linspace(1e-3, 1e-4, 10)[1:]]
-    velocity = [torch.zeros_like(w) for w in net.parameters()]
-    average = [w.detach().clone() for w in net.parameters()]
-    for epoch in range(3):
-        losses, right = [], 0
-        net.train()
-        for k, (x, y) in enumerate(loader.epoch(3, epoch), 4 * epoch):
-            log_p, lr, d = net(x), lrs[k], min(0.99, (1 + k) / (10 + k))
-            loss = -log_p[range(16), y].mean()                            # cross-entropy
-            gradients = torch.autograd.grad(loss, [*net.parameters()])
-            with torch.no_grad():
-                for w, v, g, a in zip(net.parameters(), velocity, gradients, average):
-                    if w.dim() == 4:              # a convolution's: a matrix, a row a filter
-                        v.mul_(0.6).add_(g)
-                        w *= len(w) ** 0.5 / w.square().sum().sqrt()
-                        w -= lr * orthogonal_by_svd((g + 0.6 * v).flatten(1)).view_as(w)
-                    else:
-                        v.mul_(0.6).add_(g + 1e-3 * w)
-                        w -= lr * (g + 1e-3 * w + 0.6 * v)
-                    a.copy_(d * a + (1 - d) * w)
-            losses.append(loss.item())
-            right += (log_p.argmax(1) == y).sum().item()
-        net.eval()
-        tested = torch.cat([net(x).argmax(1) for x, _ in loader.test()]) == own.test_labels
-        history.append((lr, np.mean(losses), right / 64, tested.float().mean().item()))
-    out = folder / "by hand"
-    succeed(*options(folder), "--lr-max", 1e-3, "--seed", 3, "--out", out)
-    run = train.read_checkpoint(out)
-    for k, (row, ours) in enumerate(zip(run["history"], history, strict=True)):
-        assert (row["lr"], row["loss"]) == pytest.approx(ours[:2], rel=1e-3)
-        # Later, rounding might decide between two classes.
-        assert k or (row["train"], row["raw"]) == pytest.approx(ours[2:])
-    for w, a in zip(net.parameters(), average):
-        w.data.copy_(a)
-    train.measure_statistics(net, loader, 3, 2)               # after the last epoch
-    for name, ours in net.state_dict().items():
-        torch.testing.assert_close(run["average"][name], ours, rtol=1e-2, atol=1e-3)
-
-
-def test_run_by_default(folder, monkeypatch):
-    """24 epochs with the peak after 5 of them; where there are few images, of one batch each."""
-    steps = []
-    succeed("-h")
-    monkeypatch.setattr(train, "update_average", lambda average, net, step: steps.append(step))
-    monkeypatch.setattr(train, "finish", lambda *arguments: None)
-    succeed("--data", folder / "own.npz", "--lr-max", 1, "--out", folder / "all")
-    run = train.read_checkpoint(folder / "all")
-    lrs = [row["lr"] for row in run["history"]]
-    assert (run["settings"]["batch_size"], len(lrs), lrs.index(max(lrs))) == (64, 24, 5)
-    assert (lrs[0], lrs[5], lrs[23]) == pytest.approx((0.1, 1, 0.1))
-    assert round(24 * 97 * train.PEAK) == 485 and steps == [*range(24)]
-
-
-def test_run_reports_the_last_epoch(folder, monkeypatch):
-    """Never the best one; and the flipped figure apart, as not the result."""
-    values, results = iter([0.5, 0.875, 0.25, 0.375, 0.625, 0.125]), []  # raw, averaged of 3 epochs
-    monkeypatch.setattr(train, "PEAK", 1)                                # may be the last step, too
-    monkeypatch.setattr(train, "accuracy", lambda *_, flip=False: 0.95 if flip else next(values))
-    whole_train = train.train
-    monkeypatch.setattr(train, "train", lambda *a: results.append(whole_train(*a)) or results[0])
-    out = succeed(*options(folder), "--out", folder / "falling")
-    assert results == [0.125]
-    result, flipped = out[out.index("last epoch"):].split("(not the result")
-    assert "12.50%" in result and "62.50%" in result and "95" not in result and "95" in flipped
-    saved = torch.load(folder / "falling" / "model.pt", weights_only=True)
-    assert saved["last_epoch"]["averaged"] == 0.125 and 0.95 not in saved["last_epoch"].values()
-
-
-def test_run_saves_what_it_reports(folder):
-    """model.pt alone, applied by hand to the test images, gives the figure beside it."""
-    saved = torch.load(folder / "whole" / "model.pt", weights_only=True)
-    net = model.CustomResNet(len(saved["classes"]), saved["width"]).eval()
-    net.load_state_dict(saved["weights"])
-    x = ((torch.from_numpy(ARRAYS["test_images"]) - saved["mean"]) * saved["inverse_std"])
-    right = net(x.permute(0, 3, 1, 2)).argmax(1).numpy() == ARRAYS["test_labels"]
-    assert right.mean() == pytest.approx(saved["last_epoch"]["averaged"])
-    history = json.loads((folder / "whole" / "history.json").read_text())["history"]
-    assert history[-1] == saved["last_epoch"] and [row["epoch"] for row in history] == [1, 2, 3]
-
-
-# ------------------------------------------------------------------------------- cut off, resumed
-
-KILLED = """
-import sys, test_all, train
-test_all.quick({})
-train.SAVE_EVERY = 0
-train.finish = lambda *arguments: sys.stdin.read()           # it never ends by itself
-train.main()
-"""
-
-
-def kill(*arguments, quick="", **environment):
-    """Start a run, and SIGKILL it when the line of its second epoch says that one is saved."""
-    with start(KILLED.format(quick), *arguments, **environment) as run:
-        try:
-            assert any(line.split()[:1] == ["2"] for line in run.stdout), run.stderr.read()
-        finally:
-            run.kill()
-    assert run.returncode != 0
-
-
-@each("moved", [False, True])
-def test_resume_after_sigkill(folder, moved):
-    """It ends as the uninterrupted run, bit for bit, even begun on a GPU; then stays as it is."""
-    out = folder / f"killed-{moved}"
-    kill(*options(folder), "--out", out, OMP_NUM_THREADS=str(torch.get_num_threads()))
-    checkpoint = torch.load(out / "checkpoint.pt", weights_only=True)
-    assert checkpoint["history"] and not (out / "model.pt").exists()
-    if moved:
-        for group in checkpoint["optimizer"]["param_groups"]:
-            group.update(lr=torch.tensor(group["lr"]), fused=True)
-        torch.save(checkpoint, out / "checkpoint.pt")
-    for path in (out, out / "checkpoint.pt"):
-        assert "last epoch" in succeed("--resume", path, "--data", folder / "own.npz")
-        assert outcome(out) == outcome(folder / "whole")
-
-
-@each("error, status, word", [(KeyboardInterrupt, 130, "--resume"),
-                              (torch.OutOfMemoryError, 1, "--batch-size")])
-def test_resume_after_exception(folder, monkeypatch, error, status, word):
-    out, whole_set, calls = folder / error.__name__, onecycle.OneCycle.set, []
-
-    def fail_once(self, step):
-        calls.append(step)
-        if len(calls) == 7:
-            raise error
-        return whole_set(self, step)
-
-    monkeypatch.setattr(train, "SAVE_EVERY", 0)
-    monkeypatch.setattr(onecycle.OneCycle, "set", fail_once)
-    end, _, err = command(*options(folder), "--out", out)
-    assert end == status and word in err and command("--resume", out)[0] == 0
-    assert calls == [*range(7), *range(4, 12)] and outcome(out) == outcome(folder / "whole")
-
-
-def test_checkpoint_intervals(folder, monkeypatch):
-    """SAVE_EVERY counts from the last save: by a clock of a second a look, after epochs 2 and 3."""
-    clock, saved = itertools.count(), []
-    monkeypatch.setattr(train, "time", SimpleNamespace(time=lambda: next(clock)))
-    monkeypatch.setattr(train, "SAVE_EVERY", 5)
-    monkeypatch.setattr(train, "save_run", lambda out, settings, history, *_: saved.append(
-        len(history)))
-    succeed(*options(folder), "--out", folder / "intervals")
-    assert saved == [0, 2, 3]
-
-
-def test_mistakes(folder, tmp_path, monkeypatch):
-    """Five images that are 2 where the network says 1: the surest first; bars are shares right."""
-    own, net, figure = data.load_npz(folder / "own.npz"), nn.Module(), Figure()
-    own = own._replace(test_labels=torch.tensor([1] * 43 + [2] * 5))
-    one = torch.eye(10)[1]
+    Classes of one name stay apart. Of many classes, 20 bars: of the lowest.
+    """
+    own = data.make_dataset("own", [*ARRAYS.values()], classes)
+    own, net, figure = own._replace(test_labels=torch.tensor(labels)), nn.Module(), Figure()
+    one = torch.eye(len(classes))[1]
     net.forward = lambda x: (one * (2 + x.mean((1, 2, 3)))[:, None]).log_softmax(1)
     monkeypatch.setattr(train, "new_figure", lambda *size: figure)
     loader = data.Loader(own, 16, torch.float32, CPU)
-    train.plot_mistakes(own, net, loader, tmp_path / "mistakes.png")
+    train.plot_mistakes(net, loader, tmp_path / "mistakes.png")
     (*axes,), (bars,) = (part.axes for part in figure.subfigs)
     titles = [ax.get_title() for ax in axes if ax.get_title()]
-    sure = [int(re.fullmatch(r"1 (\d+)%\nis 2", title)[1]) for title in titles]
-    assert len(sure) == 5 and sure == sorted(sure, reverse=True)
-    assert [bar.get_width() for bar in bars.patches[1:3]] == [100, 0]
+    sure = [int(re.fullmatch(rf"{classes[1]} (\d+)%\nis \w+", title)[1]) for title in titles]
+    assert len(sure) == wrong and sure == sorted(sure, reverse=True)
+    assert [bar.get_width() for bar in bars.patches] == widths
+    assert len({bar.get_y() for bar in bars.patches}) == len(widths)
 
+
+# ------------------------------------------------------------------------------ train: its files
 
 def test_checkpoint_damage(tmp_path):
     """With a bit flipped it is an error, or in bytes without meaning the content."""
-    content = {name: {"some": torch.arange(50.0)} for name in train.CHECKPOINT}
+    names = "settings", "history", "net", "average", "optimizer", "scaler"
+    content = {name: {"some": torch.arange(50.0)} for name in names}
     path = tmp_path / "checkpoint.pt"
     train.save(path, {**content, "history": Path()})          # of a class, so of code
     code = path.read_bytes()
@@ -970,169 +819,37 @@ def test_checkpoint_damage(tmp_path):
     for place in np.random.default_rng(0).integers(len(whole), size=100):
         path.write_bytes(flipped(place))
         with contextlib.suppress(SystemExit):
-            assert with_bytes(train.read_checkpoint(tmp_path)) == with_bytes(content)
+            assert with_bytes(train.read_checkpoint(path)) == with_bytes(content)
     for bad in (code, whole[:-100], flipped(whole.index(b"\x80\x3f\0\0\0\x40"))):     # in 1., 2.
         path.write_bytes(bad)
         with pytest.raises(SystemExit):
-            train.read_checkpoint(tmp_path)
+            train.read_checkpoint(path)
 
 
-@each("module, name", [(torch, "save"), (os, "fsync"), (os, "replace")])
-def test_full_disk(tmp_path, monkeypatch, module, name):
-    """It leaves the last whole checkpoint, and nothing else."""
-    train.save(tmp_path / "checkpoint.pt", {"epoch": 1})
+@each("module, name, failures, kept", [(os, "replace", 1, 2), (os, "replace", 2, 2),
+                                       (os, "replace", 1000, 1), (torch, "save", 1, 1)])
+def test_save_fails(tmp_path, monkeypatch, module, name, failures, kept):
+    """A virus scanner may hold a file once or twice; else the old one stays, and nothing else."""
+    path, whole = tmp_path / "some.pt", getattr(module, name)
+    left, waits = iter(range(failures)), []
+    train.save(path, {"epoch": 1})
 
-    def full(content, *arguments):
-        if name == "save":
-            arguments[0].write(b"half of it")
-        raise RuntimeError("write failed") if name == "save" else OSError("no space left")
+    def fail(content, target):
+        for _ in left:
+            if name == "save":
+                target.write_bytes(b"half of it")
+            raise PermissionError("held") if name == "replace" else RuntimeError("disk full")
+        whole(content, target)
 
-    monkeypatch.setattr(module, name, full)
-    with pytest.raises(SystemExit, match="disk"):
-        train.save(tmp_path / "checkpoint.pt", {"epoch": 2})
-    assert torch.load(tmp_path / "checkpoint.pt") == {"epoch": 1}
-    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint.pt"]
-
-
-@each("words", [                                  # {} is the folder of own.npz and the run `whole`
-    "--epochs 0", "--epochs many", "--epochs", "--batch-size 0", "--batch-size 65", "--lr-max 0",
-    "--lr-max nan", "--lr-max inf", "--seed -1", "--seed 2147483648", "--runs 0", "--warmup 3",
-    "--seed 2147483647 --runs 2", "--out {}/whole", "--out {}/own.npz", "--out {}/own.npz/out",
-    "--resume {}/nowhere", "--resume {}/whole --epochs 4", "--resume {}/whole --lr-max 0.2",
-    "--resume {}/whole --out {}/other", "--resume {}/whole --data synthetic",
-    "--data cifar10 --data-dir {}/empty", "--data cifar10 --data-dir {}/own.npz"])
-def test_bad_option(folder, tmp_path, words):
-    """A sentence and a status, no traceback, and nothing changed."""
-    before, out = outcome(folder / "whole"), tmp_path / "new"
-    words = words.replace("{}", str(folder))
-    given = [] if "--resume" in words else [*options(folder), "--out", out]
-    status, _, err = command(*given, *words.split())
-    assert status and err.strip() and not out.exists() and outcome(folder / "whole") == before
+    monkeypatch.setattr(module, name, fail)
+    monkeypatch.setattr(train.time, "sleep", waits.append)
+    with pytest.raises(SystemExit, match="cannot") if kept == 1 else contextlib.nullcontext():
+        train.save(path, {"epoch": 2})
+    assert torch.load(path) == {"epoch": kept} and [*tmp_path.iterdir()] == [path]
+    assert len(waits) == (min(failures, 3) if name == "replace" else 0)
 
 
-def test_out_is_claimed(tmp_path, monkeypatch):
-    """Two runs never share a folder; without --out it is the first free one."""
-    monkeypatch.chdir(tmp_path)
-    assert [str(train.make_folder(None)) for _ in range(2)] == ["runs/1", "runs/2"]
-    train.make_folder("named/deep")
-    for taken in ("named/deep", "runs/1"):
-        with pytest.raises(SystemExit, match="resume"):
-            train.make_folder(taken)
-
-
-@each("what, epochs", [("rate", 0), ("weights", 1)])
-def test_diverged(folder, monkeypatch, what, epochs):
-    """A loss, or weights that no loss has shown yet: a sentence, and nothing saved over."""
-    out, update = folder / f"diverged-{what}", train.update_average
-
-    def break_weights(average, net, step):
-        update(average, net, step)
-        if step == 7 and what == "weights":                   # the last of the second epoch
-            net.fc.bias.data[2] = math.nan
-
-    monkeypatch.setattr(train, "SAVE_EVERY", 0)
-    monkeypatch.setattr(train, "update_average", break_weights)
-    lr_max = 1e9 if what == "rate" else 0.1
-    status, _, err = command(*options(folder), "--lr-max", lr_max, "--out", out)
-    assert status and "--lr-max" in err and not (out / "model.pt").exists()
-    kept = train.read_checkpoint(out)
-    assert len(kept["history"]) == epochs
-    assert all(w.isfinite().all() for w in (*kept["net"].values(), *kept["average"].values()))
-
-
-# --------------------------------------------------------------------------------------- on a GPU
-
-@needs_gpu
-@each("dtype", [torch.float32, BF16])
-def test_gpu_loader(dtype):
-    """Table and batches are those of the CPU bit for bit; 100 batches a launch of the kernel."""
-    assert torch.equal(data.draw_epoch(50_000, 3, 2), data.draw_epoch(50_000, 3, 2, CUDA).cpu())
-    loaders = [make_loader(3, device, dtype, train=500) for device in (CPU, CUDA)]
-    ours, theirs = ([*loader.epoch(1, 1)] for loader in loaders)
-    assert with_bytes(ours) == with_bytes(theirs) and len(theirs) == 166
-    ours, theirs = ([torch.cat(parts) for parts in zip(*loader.test())] for loader in loaders)
-    assert with_bytes(ours) == with_bytes(theirs)             # of batches of another size
-
-
-@needs_gpu
-def test_gpu_graph_is_eager(monkeypatch):
-    """Eight steps at eight rates on eight batches, three as they are, five by the graph.
-
-    In bf16, as runs are; in float32 not even two series of steps launched by Python are equal.
-    """
-    monkeypatch.setattr(model, "precision", lambda device: BF16)
-    batches, results = random_batches(8), []
-    for function in (train.as_graph, lambda step: step):
-        monkeypatch.setattr(train, "as_graph", function)
-        net = model.make_model(CUDA)
-        optimizer, losses = model.make_optimizer(net), []
-        step = train.make_step(net, optimizer, model.make_scaler(CUDA))
-        schedule = onecycle.OneCycle(optimizer, 8, 3, 0.1)
-        for k, (x, y) in enumerate(batches):
-            schedule.set(k)
-            x = x.to(CUDA, BF16).contiguous(memory_format=torch.channels_last)
-            losses.append(step(x, y.to(CUDA))[0].item())
-        results.append((losses, with_bytes([*net.parameters()])))
-    assert len(set(losses)) == 8 and results[0] == results[1]
-
-
-def gpu_run(seed):
-    """A network, the function that trains it, its schedule and eight batches."""
-    net = model.make_model(CUDA, seed)
-    optimizer = model.make_optimizer(net)
-    step = train.make_step(net, optimizer, model.make_scaler(CUDA))
-    batches = [(x.to(CUDA, BF16).contiguous(memory_format=torch.channels_last), y.to(CUDA))
-               for x, y in random_batches(8, seed)]
-    return net, step, onecycle.OneCycle(optimizer, 8, 3, 0.1), batches
-
-
-@needs_gpu
-def test_gpu_graphs_overlap(monkeypatch):
-    """Two graphs replayed at once on two streams compute what they do one after the other."""
-    monkeypatch.setattr(model, "precision", lambda device: BF16)
-    results = []
-    for overlap in (False, True):
-        runs, streams = [gpu_run(0), gpu_run(1)], [torch.cuda.Stream() for _ in range(2)]
-        for k in range(80):                                   # three as they are, then recorded
-            for (_, step, schedule, batches), stream in zip(runs, streams):
-                if k < 8:
-                    schedule.set(k)
-                if k <= 8 or not overlap:
-                    torch.cuda.synchronize()
-                with torch.cuda.stream(stream if k >= 8 else torch.cuda.current_stream()):
-                    step(*batches[k % 8])
-        torch.cuda.synchronize()
-        results.append([with_bytes([*net.parameters()]) for net, *_ in runs])
-    assert results[0] == results[1] and results[0][0] != results[0][1]
-
-
-@needs_gpu
-def test_gpu_fp16(monkeypatch):
-    """Where bf16 is emulated, as on a T4: scaled steps without a graph, and the loss falls."""
-    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: False)
-    net = model.make_model(CUDA)
-    optimizer, scaler = model.make_optimizer(net, 0.02), model.make_scaler(CUDA)
-    step, (inputs, labels) = train.make_step(net, optimizer, scaler), random_batches(1)[0]
-    inputs, labels = inputs.to(CUDA, torch.float16), labels.to(CUDA)
-    losses = [step(inputs, labels)[0].item() for _ in range(40)]
-    assert scaler.is_enabled() and losses[-1] < losses[0] / 2
-    assert all(w.isfinite().all() and w.dtype == torch.float32 for w in net.parameters())
-
-
-@needs_gpu
-def test_gpu_run_moves_to_the_cpu(folder):
-    """Begun on a GPU, killed, and gone on with where no GPU is to be seen."""
-    out = folder / "gpu"
-    kill(*options(folder), "--out", out, quick="dtype=None")
-    text = python("import test_all, train; test_all.quick(dtype=None); train.main()", "--resume",
-                  out, CUDA_VISIBLE_DEVICES="")
-    gpu, cpu = (train.read_checkpoint(run) for run in (out, folder / "whole"))
-    assert "device    cpu" in text and len(gpu["history"]) == 3
-    assert all(w.isfinite().all() for w in gpu["average"].values())
-    assert gpu["history"][0]["loss"] == pytest.approx(cpu["history"][0]["loss"], rel=0.05)
-
-
-# ----------------------------------------------------------------- the LR range test: the sweep
+# --------------------------------------------------------------------------- lrfinder: the sweep
 
 BATCHES = [(torch.ones(1, 1), None)]
 
@@ -1144,13 +861,13 @@ def quadratic(curvatures):
     return net, lambda w, labels: (curvatures * (w - labels) ** 2).sum() / 2
 
 
-@each("shape, spaced", [("exponential", np.geomspace), ("linear", np.linspace)])
-def test_sweep_closed_form(shape, spaced):
+@pytest.mark.filterwarnings("error")                  # a scaler that nobody asked for gives one
+def test_sweep_closed_form():
     """Gradient descent: loss_k / loss_0 is the product of (1 - 3 lr_j)^2 over all j < k."""
-    (net, loss), lrs = quadratic([3.0]), spaced(1e-3, 0.5, 60)
+    (net, loss), lrs = quadratic([3.0]), np.geomspace(1e-3, 0.5, 60)
     curve = range_test(net, torch.optim.SGD(net.parameters()), loss, [(BATCHES[0][0].double(), 0)],
-                       lr_start=1e-3, lr_end=0.5, steps=60, shape=shape)
-    assert curve.lrs == pytest.approx(lrs, rel=1e-9) and curve[2:] == ("steps", 60)
+                       lr_start=1e-3, lr_end=0.5, steps=60)
+    assert curve.lrs == pytest.approx(lrs, rel=1e-9) and curve.ended == ""
     factors = np.cumprod((1 - 3 * lrs[:-1]) ** 2)
     assert curve.losses[1:] == pytest.approx(curve.losses[0] * factors, rel=1e-9)
 
@@ -1165,7 +882,7 @@ def test_sweep_stability(momentum, nesterov):
         noise = 0.02 * torch.randn(steps, 10, generator=torch.Generator().manual_seed(0))
         batches = [(BATCHES[0][0].double(), labels) for labels in noise]
         curve = range_test(net, sgd, loss, batches, lr_start=1e-2, steps=steps)
-        assert curve.ended == "rise"
+        assert curve.ended == "" and len(curve.lrs) < steps
         stops.append(curve.lrs[-1] / limit)
     assert 2.5 > stops[0] > stops[1] > stops[2] > 1
 
@@ -1175,48 +892,62 @@ def replay(losses):
     net, remaining = nn.Linear(1, 1), iter(losses)
     return range_test(net, torch.optim.SGD(net.parameters()),
                       lambda outputs, _: outputs.sum() * 0 + next(remaining),
-                      iter(BATCHES * len(losses)))
+                      iter(BATCHES * len(losses)), steps=100)
 
 
 GAINED = [3.0] * 10 + np.linspace(3, 1.6, 20).tolist() + [1.6] * 10
+LATE_NOISE = [3.0] * 50 + np.random.default_rng(2).normal(1.6, 0.5, 50).tolist()
 
 
 @each("losses, ended", [
-    (GAINED + [1.6 + 0.45 * 1.4] * 60, "steps"), (GAINED + [1.6 + 0.55 * 1.4] * 60, "rise"),
-    ([1.0] * 40 + [3.9] * 60, "steps"), ([1.0] * 40 + [4.1] * 60, "rise"),
-    ([1.0] * 20 + [0.91] * 20 + [3.95] * 60, "steps"),
-    ([1.0] * 20 + [0.91] * 20 + [4.05] * 60, "rise"),
-    ([-1.0, -1.1] * 50, "steps"), ([1.0] * 15 + [math.nan], "not finite"),
-    ([1.0] * 15 + [math.inf], "not finite"), ([1.0] * 30, "batches"), ([], "batches")])
+    (GAINED + [1.6 + 0.45 * 1.4] * 60, "all"), (GAINED + [1.6 + 0.55 * 1.4] * 60, "rise"),
+    ([1.0] * 40 + [3.9] * 60, "all"), ([1.0] * 40 + [4.1] * 60, "rise"),
+    ([1.0] * 20 + [0.91] * 20 + [3.95] * 60, "all"),
+    ([1.0] * 20 + [0.91] * 20 + [4.05] * 60, "rise"), ([0.0] * 100, "all"), (LATE_NOISE, "all"),
+    ([-1.0, -1.1] * 50, "all"), ([1.0] * 15 + [math.nan], "not finite"),
+    ([1.0] * 15 + [math.inf], "not finite"), ([1.0] * 30, "only 30 of 100 batches"),
+    ([], "only 0 of 100 batches")])
 def test_sweep_ends(losses, ended):
     """Where half of the gain is lost; without one, at 4 times the start; negative may be normal."""
     curve = replay(losses)
-    assert curve.ended == ended and len(curve.lrs) == len(curve.losses)
-    assert len(curve.losses) == sum(map(math.isfinite, losses)) or ended == "rise"
+    whole = ended in ("all", "rise")                      # a curve that says all there is to say
+    assert curve.ended == "" if whole else ended in curve.ended
+    assert (len(curve.losses) == sum(map(math.isfinite, losses))) == (ended != "rise")
+    assert curve.lrs == pytest.approx(np.geomspace(1e-3, 10, 100)[:len(curve.losses)])
 
 
 def test_sweep_of_noise():
     """20 % of noise alone does not end the sweep, nor give an answer."""
-    curves = [replay(np.random.default_rng(seed).normal(1, 0.2, 100)) for seed in range(200)]
-    assert [curve.ended for curve in curves].count("steps") >= 195
-    assert [place_of_lrmax(curve) for curve in curves].count(None) >= 197
+    curves = [replay(np.random.default_rng(seed).normal(1, 0.2, 100)) for seed in range(60)]
+    assert [len(curve.lrs) for curve in curves].count(100) >= 58
+    assert [place_of_lrmax(curve) for curve in curves].count(None) >= 58
 
 
-@each("rates, shares", [((0.001, 0.1), (0.01, 1)), ((0.1, 0.05), (1, 0.5)), ((0.0, 0.0), (1, 1))])
-def test_sweep_groups(rates, shares):
-    """Groups keep their ratio; a rate that is a tensor, the second here, stays that tensor."""
-    net, rate, seen = nn.Linear(1, 2), torch.tensor(rates[1]), []
-    sgd = torch.optim.SGD([{"params": net.weight, "lr": rates[0]},
+@each("rates, initial", [((0.001, 0.1), None), ((0.1, 0.05), None), ((0.0, 0.0), (0.001, 0.1))])
+def test_sweep_groups(rates, initial):
+    """Groups keep their ratio, after a warm-up from 0 the one that they had before it.
+
+    A first group without parameters does no harm. A rate that is a tensor, the last here, stays
+    that tensor.
+    """
+    net, rate, seen = nn.Linear(1, 2), torch.tensor((initial or rates)[1]), []
+    sgd = torch.optim.SGD([{"params": [], "lr": 0.0},
+                           {"params": net.weight, "lr": (initial or rates)[0]},
                            {"params": net.bias, "lr": rate}], momentum=0.9)
+    if initial:                                           # writes all rates times 0
+        torch.optim.lr_scheduler.LambdaLR(sgd, lambda step: min(step / 10, 1))
+    groups = sgd.param_groups[1:]
+    assert [float(group["lr"]) for group in groups] == pytest.approx(rates)
 
     def loss(outputs, _):
-        assert sgd.param_groups[1]["lr"] is rate
-        seen.append([float(group["lr"]) for group in sgd.param_groups])
+        assert groups[1]["lr"] is rate
+        seen.append([float(group["lr"]) for group in groups])
         return outputs.sum()
 
     curve = range_test(net, sgd, loss, BATCHES, steps=20)
-    assert np.allclose(seen, np.outer(curve.lrs, shares)) and not sgd.state
-    assert sgd.param_groups[0]["lr"] == rates[0] and rate == torch.tensor(rates[1])
+    ratios = np.divide(initial or rates, max(initial or rates))
+    assert np.allclose(seen, np.outer(curve.lrs, ratios)) and not sgd.state
+    assert groups[0]["lr"] == rates[0] and rate == torch.tensor(rates[1])
 
 
 def test_sweep_modes():
@@ -1230,40 +961,94 @@ def test_sweep_modes():
         assert seen[-1] == modes and not net[0].training
 
 
+class Elsewhere(SimpleNamespace):
+    """Stands for a tensor on another device: only `to` gives the tensor."""
+
+    def to(self, device):
+        return self.tensor.to(device)
+
+
+def test_sweep_moves_batches():
+    """Nested tuples and dicts of what is elsewhere against the same tensors at hand."""
+    net, adder, curves = nn.Linear(2, 1), nn.Module(), []
+    adder.forward = lambda inputs: net(inputs[0]["a"] + inputs[1])
+    sgd, (a, b, c) = torch.optim.SGD(net.parameters()), torch.randn(3, 4, 2)
+
+    def loss(outputs, labels):
+        return F.mse_loss(outputs, labels["c"])
+
+    for make in (lambda x: x, lambda x: Elsewhere(tensor=x)):
+        batch = ({"a": make(a)}, make(b)), {"c": make(c[:, :1]), "name": "no tensor"}
+        curves.append(range_test(adder, sgd, loss, [batch]))
+    assert curves[0] == curves[1] and len(curves[0].losses) > 10
+
+
 @each("error, words, options", [
-    (ValueError, "shape", {"shape": "exp"}), (ValueError, "sweep", {"steps": 1}),
-    (ValueError, "sweep", {"lr_start": 0}), (ValueError, "sweep", {"lr_start": 20}),
-    (ValueError, "LBFGS", {"optimizer": torch.optim.LBFGS}),
+    (ValueError, "sweep", {"steps": 1}), (ValueError, "sweep", {"lr_start": 0}),
+    (ValueError, "sweep", {"lr_start": 20}), (ValueError, "LBFGS", {"make": torch.optim.LBFGS}),
+    (ValueError, "rates are .0.0.", {"make": lambda w, lr: torch.optim.SGD(w, 0.0)}),
     (ValueError, "lazy", {"last": nn.LazyLinear(2)}),
     (TypeError, "pair", {"batches": [{"x": 1, "y": 2}]}), (TypeError, "pair", {"batches": "abc"})])
 def test_sweep_refused(error, words, options):
-    options = {"batches": BATCHES, "optimizer": torch.optim.SGD, **options}
+    """An impossible sweep, optimizer, model or batch: a sentence, and nothing changed."""
+    options = {"batches": BATCHES, "make": torch.optim.SGD, **options}
     net = nn.Sequential(nn.Linear(1, 2), options.pop("last", nn.Identity()))
-    optimizer = options.pop("optimizer")(net.parameters(), 0.1)
-    before = net[0].weight.clone()
+    optimizer = options.pop("make")(net.parameters(), lr=0.1)
+    before, rate = net[0].weight.clone(), optimizer.param_groups[0]["lr"]
     with pytest.raises(error, match=words):
         range_test(net, optimizer, F.mse_loss, **options)
-    assert torch.equal(net[0].weight, before) and optimizer.param_groups[0]["lr"] == 0.1
+    assert torch.equal(net[0].weight, before) and optimizer.param_groups[0]["lr"] == rate
 
 
 def test_sweep_of_wrapped_batches():
-    """Run as it is printed, on dicts, and compared with the same batches as pairs."""
+    """The docstring's example, run as it is printed on dicts, against the same batches as pairs."""
     net = nn.Linear(2, 3)
+    masked, sgd = nn.Sequential(net), torch.optim.SGD(net.parameters(), 0.1)
+    masked.forward = lambda x, mask: net(x)
     loader = [{"x": torch.randn(4, 2), "mask": None, "y": torch.arange(4) % 3}]
-    example = range_test.__doc__.split("Wrap those:\n")[1]
-    indent = len(example) - len(example.lstrip())
     names = {"torch": torch, "F": F, "itertools": itertools, "range_test": range_test,
-             "loader": loader, "optimizer": torch.optim.SGD(net.parameters(), 0.1)}
-
-    class Net(nn.Module):
-        def forward(self, x, mask):
-            return net(x)
-
-    names["net"] = Net()
-    exec("\n".join(line[indent - 1:] for line in example.splitlines()), names)
-    pairs = range_test(net, names["optimizer"], F.cross_entropy,
-                       [(batch["x"], batch["y"]) for batch in loader])
+             "loader": loader, "optimizer": sgd, "net": masked}
+    example = re.search(r"^ +class Loss.*", range_test.__doc__, re.DOTALL | re.MULTILINE)[0]
+    exec(textwrap.dedent(example), names)
+    pairs = range_test(net, sgd, F.cross_entropy, [(batch["x"], batch["y"]) for batch in loader])
     assert names["curve"] == pairs and len(pairs.losses) > 10
+
+
+RANK = """
+import json, os, sys, torch, lrfinder
+rank, folder = int(sys.argv[1]), sys.argv[2]
+torch.distributed.init_process_group("gloo", f"file://{folder}/meet", rank=rank, world_size=2)
+net, x, y = torch.load(f"{folder}/task.pt", weights_only=False)
+net = torch.nn.parallel.DistributedDataParallel(net)
+optimizer = torch.optim.SGD(net.parameters(), 0.1)
+loss = torch.nn.functional.mse_loss
+curve = lrfinder.range_test(net, optimizer, loss, [*zip(x[rank], y[rank])], steps=100)
+print(json.dumps(curve), flush=True)
+torch.distributed.barrier()
+os._exit(0)                                       # gloo's threads may abort an orderly end
+"""
+
+
+@pytest.mark.skipif(not torch.distributed.is_available(), reason="torch was built without it")
+def test_sweep_of_two_processes(tmp_path):
+    """Each with its own half of each batch, one noisier, against one process with whole batches."""
+    torch.manual_seed(0)
+    net, x, matrix = (t.double() for t in (nn.Linear(5, 1), torch.randn(2, 40, 16, 5),
+                                           torch.randn(5, 1)))
+    y = x @ matrix + torch.randn(2, 40, 16, 1) * torch.tensor([0.1, 1]).view(2, 1, 1, 1)
+    torch.save((net, x, y), tmp_path / "task.pt")
+    ranks = [start(RANK, rank, tmp_path) for rank in (0, 1)]
+    try:
+        ended = [rank.communicate(timeout=300) for rank in ranks]
+    finally:
+        for rank in ranks:
+            rank.kill()
+    assert all(out for out, _ in ended), ended
+    ours, theirs = (Curve(*json.loads(out)) for out, _ in ended)
+    whole = range_test(net, torch.optim.SGD(net.parameters(), 0.1), F.mse_loss,
+                       [*zip(torch.cat([*x], 1), torch.cat([*y], 1))], steps=100)
+    assert ours == theirs and ours.lrs == whole.lrs and len(ours.lrs) < 100
+    assert ours.losses == pytest.approx(whole.losses)
 
 
 class TrainedLoss(nn.BatchNorm1d):
@@ -1273,9 +1058,16 @@ class TrainedLoss(nn.BatchNorm1d):
         return F.mse_loss(super().forward(outputs), targets)
 
 
+def muon_of(weights):
+    """Muon with matrices in one group, all else in the other."""
+    groups = [{"params": [w for w in weights if (w.dim() == 2) == matrix], "orthogonal": matrix}
+              for matrix in (True, False)]
+    return model.Muon(groups, 0.1, 0.9, 0.01)
+
+
 @each("make", [lambda w: torch.optim.SGD(w, 0.1, momentum=0.9),
-               lambda w: torch.optim.Adam(w, torch.tensor(0.01)),
-               lambda w: model.Muon(w, 0.1, 0.9, 0.01)], ids=("SGD", "Adam", "Muon"))
+               lambda w: torch.optim.Adam(w, torch.tensor(0.01)), muon_of],
+      ids=("SGD", "Adam", "Muon"))
 @each("ending", ["normal", "divergence", "Ctrl-C", "flag"])
 def test_sweep_restores(monkeypatch, make, ending):
     """Everything, bit for bit, and the same objects; if one thing cannot be, all the others."""
@@ -1326,7 +1118,7 @@ def test_sweep_restores(monkeypatch, make, ending):
     assert state() != before                              # the comparison can fail
 
 
-# --------------------------------------------------------------- the LR range test: the reading
+# -------------------------------------------------------------------------- lrfinder: the reading
 
 def curve_of(*pieces, **changes):
     """Losses along straight pieces (points, from, to), with a rate from 1e-3 to 10."""
@@ -1344,24 +1136,33 @@ FALL_AND_RISE = (20, 2.3, 2.3), (40, 2.3, 1.5), (30, 1.5, 2.4)
 WIGGLE = (20, 2.3, 2.3), (20, 2.3, 1.9), (3, 1.9, 1.96), (17, 1.9, 1.5), (30, 1.5, 2.4)
 
 
-@each("pieces, place, noise", [
-    (FALL_AND_RISE, 59, 0), (WIGGLE, 59, 0.05),
-    (((8, 2.3, 2.3), (8, 2.3, 2), (8, 2, 2.4), (36, 2.4, 1.5), (30, 1.5, 2.4)), 59, 0),
-    ((*FALL_AND_RISE, (20, 2.4, 1.2), (20, 1.2, 3)), 59, 0),
-    (((20, 2.3, 2.3), (25, 2.3, 1.8), (15, 1.8, 1.96), (30, 1.96, 1.5), (30, 1.5, 3)), 89, 0),
-    (((20, 2.3, 2.3), (25, 2.3, 1.8), (15, 1.8, 1.99), (30, 1.99, 1.5), (30, 1.5, 3)), 44, 0),
-    (((20, 1, 1), (30, 1, 0.88), (30, 0.88, 3)), 49, 0)])
-def test_lrmax(pieces, place, noise):
-    """The first minimum before a rise of 15 % of the fall (here 13 and 16 %); with noise, too."""
+@each("pieces, place, noise, wild", [
+    (FALL_AND_RISE, 59, 0, {}), (WIGGLE, 59, 0.05, {}),
+    (((8, 2.3, 2.3), (8, 2.3, 2), (8, 2, 2.4), (36, 2.4, 1.5), (30, 1.5, 2.4)), 59, 0, {}),
+    ((*FALL_AND_RISE, (20, 2.4, 1.2), (20, 1.2, 3)), 59, 0, {}),
+    (((20, 2.3, 2.3), (25, 2.3, 1.8), (15, 1.8, 1.96), (30, 1.96, 1.5), (30, 1.5, 3)), 89, 0, {}),
+    (((20, 2.3, 2.3), (25, 2.3, 1.8), (15, 1.8, 1.99), (30, 1.99, 1.5), (30, 1.5, 3)), 44, 0, {}),
+    (((20, 1, 1), (30, 1, 0.88), (30, 0.88, 3)), 49, 0, {}),
+    (((10, 9, 0), (51, 1, 51)), 9, 0, {}),
+    *((FALL_AND_RISE, 59, 0, wild) for wild in (
+        {3: 4, 4: 4}, {40: 6}, {40: 6, 41: 6}, {45: 0}, {89: 10}, {40: 1000}))])
+def test_lrmax(pieces, place, noise, wild):
+    """The first minimum before a rise of 15 % of the fall (here 13 and 16 %); with noise, too.
+
+    An early spike, a bad batch or two in mid-descent or a wild last point do not move it.
+    """
     for seed in range(10 if noise else 1):
         curve = curve_of(*pieces)
         losses = curve.losses + np.random.default_rng(seed).normal(0, noise, len(curve.losses))
+        losses[[*wild]] = [*wild.values()]
         found = suggest(curve._replace(losses=losses.tolist()))
         assert abs(curve.lrs.index(found.lr_max) - place) <= 4
-        assert found.lr_min == found.lr_max / 10
+        assert found.lr_min < found.lr < found.lr_max and found.steepest <= found.lr_max
+    assert not wild or len(replay([*losses, *losses]).losses) > 70
 
 
-def sweep_of_regression(batch, seed, scale=1.0):
+def sweep_of_regression(batch, seed):
+    """Adam's range test of a small network that learns x + sin x."""
     generator = torch.Generator().manual_seed(seed)
     torch.manual_seed(seed)
     matrix = torch.randn(10, 1, generator=generator)
@@ -1370,24 +1171,16 @@ def sweep_of_regression(batch, seed, scale=1.0):
     def batches():
         while True:
             product = (x := torch.randn(batch, 10, generator=generator)) @ matrix
-            yield x, scale * (product.sin() + product)
+            yield x, product.sin() + product
 
     return range_test(net, torch.optim.Adam(net.parameters()), F.mse_loss, batches())
 
 
 def test_lrmax_of_small_batches():
     """Batches of 32 find it within a factor of 3 of large ones' in nine cases of ten."""
-    large = np.median([suggest(sweep_of_regression(2048, seed)).lr_max for seed in range(5)])
-    found = [suggest(sweep_of_regression(32, seed)).lr_max for seed in range(20)]
-    assert sum(large / 3 < lr < large * 3 for lr in found) >= 18
-
-
-@each("place, wild", [(3, [4, 4]), (40, [6]), (40, [6, 6]), (45, [0]), (89, [10]), (40, [1000])])
-def test_lrmax_wild_points(place, wild):
-    """An early spike, a bad batch in mid-descent, the last point: it does not move."""
-    curve = curve_of(*FALL_AND_RISE)
-    curve.losses[place:place + len(wild)] = wild
-    assert abs(place_of_lrmax(curve) - 59) <= 4 and len(replay(curve.losses * 2).losses) > 70
+    large = np.median([suggest(sweep_of_regression(2048, seed)).lr_max for seed in range(3)])
+    found = [suggest(sweep_of_regression(32, seed)).lr_max for seed in range(10)]
+    assert sum(large / 3 < lr < large * 3 for lr in found) >= 9
 
 
 @each("fall, clear", [(5.5, False), (6.5, True)])
@@ -1420,18 +1213,19 @@ def test_steepest(lrs, middle, noise):
 
 
 @each("curve, words", [
-    (curve_of((100, 2.3, 2.3)), "never falls"),
+    (curve_of((100, 2.3, 2.3)), "never falls"), (curve_of((100, 0, 0)), "never falls"),
     (curve_of((50, 2.3, 2.25), (50, 2.25, 9)), "never falls"),
     (curve_of((20, 1, 1), (30, 1, 0.91), (30, 0.91, 3)), "never falls"),
     (curve_of((40, 0.1, 2.1)), "only rises|never falls"),
     (curve_of((5, 3, 1), (60, 1, 9)), "only rises|never falls"),
+    (curve_of((6, 3.5, 1), (54, 1.5, 28)), "only rises"),
     (curve_of((99, 2.3, 1.3), (1, 1.6, 1.6)), "falls to the end.*raise"),
-    (curve_of((50, 3, 1), ended="not finite"), "falls to the end.*not finite"),
-    (curve_of((30, 3, 1), ended="batches"), "falls to the end.*only 30 of 100 batches"),
-    (curve_of((30, 3, 3), ended="batches"), "never falls.*only 30 of 100 batches"),
-    (curve_of((3, 3, 1), ended="batches"), "only 3 of 100 batches.*steps"),
-    (curve_of((3, 2.3, 1), (4, 1, 3)), "points"), (Curve([], []), "points")])
+    (curve_of((50, 3, 1), ended="it is torn"), "falls to the end.*it is torn"),
+    (curve_of((30, 3, 3), ended="it is torn"), "never falls.*it is torn"),
+    (curve_of((3, 3, 1), ended="it is torn"), "3 points.*it is torn"),
+    (curve_of((3, 2.3, 1), (4, 1, 3)), "7 points.*more steps"), (Curve([], []), "points")])
 def test_not_found(curve, words):
+    """What the curve shows and what to try; if the sweep ended early, the reason in its place."""
     with pytest.raises(NotFound, match=words):
         suggest(curve)
 
@@ -1444,11 +1238,11 @@ def test_noise_measured():
 
 
 def test_smooth():
-    """Single points are dropped; a line stays one, at the ends but for medians of 3."""
+    """One or two wild points are dropped; a line stays one, at the ends but for the medians."""
     line = np.linspace(3, 1, 83)
-    spike = np.where(np.arange(83) == 40, 9, line)
+    spikes = np.where(np.isin(np.arange(83), (30, 50, 51)), 9, line)
     assert np.allclose(smooth(line)[10:-10], line[10:-10])
-    assert np.allclose(smooth(spike), line, atol=0.03)
+    assert np.allclose(smooth(spikes), line, atol=0.04)
     # A step: central; 7 points to either side, cos^2: the sharpest slope is 1 / 8, none is beyond.
     step = np.array(smooth([0.0] * 41 + [1.0] * 41))
     assert np.allclose(step + step[::-1], 1) and np.diff(step).max() == pytest.approx(1 / 8)
@@ -1458,44 +1252,534 @@ def test_smooth():
 def test_lr_report(tmp_path):
     """The answer in words, though the picture cannot be written."""
     for curve, answer in ((curve_of(*FALL_AND_RISE), "LRMAX 0."), (Curve([], []), "not found")):
-        words = lrfinder.report(curve, tmp_path / "missing" / "lr.png")[1]
-        assert answer in words and "no picture" in words
+        found, message = lrfinder.report(curve, tmp_path / "missing" / "lr.png")
+        assert answer in message and "no picture" in message and "\n" not in message
+        assert found == (suggest(curve) if curve.lrs else None)
 
 
-@each("found, lr_max", [(SimpleNamespace(lr_max=0.05, lr_min=0.01), 0.05), (None, train.LR_MAX)])
-def test_search_is_used(folder, monkeypatch, found, lr_max):
-    """A run that searches is the run that is given what the search found, or else LR_MAX."""
-    monkeypatch.setattr(lrfinder, "range_test", functools.partial(range_test, steps=15))
-    monkeypatch.setattr(lrfinder, "report", lambda *arguments: (found, "words"))
-    runs = folder / f"searched{lr_max}", folder / f"given{lr_max}"
-    succeed(*options(folder)[:-2], "--out", runs[0])
-    succeed(*options(folder)[:-2], "--out", runs[1], "--lr-max", lr_max)
-    assert outcome(runs[0]) == outcome(runs[1])
-    assert outcome(runs[0])["history"][-1]["lr"] == pytest.approx(lr_max / 10)
+# -------------------------------------------------------------------------------------------- runs
+
+def options(folder):
+    """Three epochs of four steps on the images in folder, with a given LRMAX."""
+    return ["--data", folder / "own.npz", "--epochs", 3, "--batch-size", 16, "--lr-max", 0.1]
 
 
-def test_search_seed(folder, tmp_path, monkeypatch):
-    """Both commands search with the network and the batches of their seed."""
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """own.npz, 64 images to train on and 48 to test, and `whole`, a run of 3 epochs of 4 steps."""
+    folder = tmp_path_factory.mktemp("runs")
+    np.savez(folder / "own.npz", **ARRAYS)
+    succeed(*options(folder), "--out", folder / "whole")
+    return folder
+
+
+def outcome(run):
+    """All that a run ends with, but for its seconds, as plain objects that == compares."""
+    content = train.read_checkpoint(run / "checkpoint.pt")
+    for row in content["history"]:
+        del row["seconds"], row["speed"]
+    content["result"] = torch.load(run / "model.pt", weights_only=True)["weights"]
+    return with_bytes(content)
+
+
+def test_run_learns(tmp_path, monkeypatch):
+    """Ten drawn shapes in three epochs: 90 % of new ones; chance is 10 %, see `test_shapes`."""
+    monkeypatch.setattr(data, "synthetic", functools.partial(data.synthetic, 2560, 200))
+    succeed("--data", "synthetic", "--epochs", 3, "--lr-max", 0.1, "--out", tmp_path)
+    assert train.read_checkpoint(tmp_path / "checkpoint.pt")["history"][-1]["averaged"] > 0.8
+
+
+def test_run_and_lrfinder(folder, tmp_path, monkeypatch):
+    """`python train.py` against `python lrfinder.py`: the same LRMAX, and each its picture."""
     monkeypatch.chdir(tmp_path)
-    seen = []
+    given = options(folder)[:-2]
+    texts = succeed(*given, "--epochs", 1), succeed(*given[:2], *given[4:], main=lrfinder.main)
+    lr_max = train.read_checkpoint(Path("runs/1/checkpoint.pt"))["settings"]["lr_max"]
+    assert [re.search(r"LRMAX ([\d.e-]+)", text)[1] for text in texts] == [f"{lr_max:.3g}"] * 2
+    assert Path("lr_range.png").stat().st_size > 5000 < Path("runs/1/lr_range.png").stat().st_size
 
+
+@each("found, lr_max, optimizer", [(SimpleNamespace(lr_max=0.05), 0.05, "sgd"),
+                                   (None, 0.1, "muon")])
+def test_run_searches(folder, monkeypatch, found, lr_max, optimizer):
+    """A run that searches against one that is given what the search found, or else 0.1.
+
+    The search gets the network, the optimizer and the batches of the run's seed.
+    """
     def look(net, optimizer, loss, batches, **options):
-        seen.append(with_bytes([*next(iter(batches)), net.fc.weight]))
-        return Curve([], [])
+        fresh = model.make_model(CPU, 3, width=8)
+        assert with_bytes([*net.parameters()]) == with_bytes([*fresh.parameters()])
+        own = data.Loader(data.load(folder / "own.npz"), 16, torch.float32, CPU)
+        batches = [*itertools.islice(batches, 5)]
+        assert with_bytes(batches[0]) == with_bytes(next(own.epoch(3, 0)))
+        assert with_bytes(batches[4]) == with_bytes(next(own.epoch(3, 1)))
+        seen.append(type(optimizer))
+        assert options["steps"] == 100
+        return range_test(net, optimizer, loss, batches, **{**options, "steps": 5})
 
     monkeypatch.setattr(lrfinder, "range_test", look)
-    for seed, main, more in ((3, lrfinder.main, []), (3, train.main, ["--epochs", 1]),
-                             (0, train.main, ["--epochs", 1])):
-        command("--data", folder / "own.npz", "--seed", seed, *more, main=main)
-    assert seen[0] == seen[1] and all(a != b for a, b in zip(seen[1], seen[2]))
+    monkeypatch.setattr(lrfinder, "report", lambda *arguments: (found, "words"))
+    seen, name = [], f"{optimizer}{lr_max}"
+    more = "--epochs", 1, "--seed", 3, "--optimizer", optimizer
+    succeed(*options(folder)[:-2], *more, "--out", folder / f"searched-{name}")
+    succeed(*options(folder)[:-2], *more, "--out", folder / f"given-{name}", "--lr-max", lr_max)
+    assert outcome(folder / f"searched-{name}") == outcome(folder / f"given-{name}")
+    assert seen == [torch.optim.SGD if optimizer == "sgd" else model.Muon]
 
 
-def test_search_of_both_commands(folder, tmp_path, monkeypatch):
-    """train.py and lrfinder.py find the same on the same images, and draw it."""
+@each("real", [True, False])
+def test_run_on(tmp_path, monkeypatch, real):
+    """From the command to the results; what is not CIFAR-10 says so; the time-out is put back.
+
+    So is the environment, in which a notebook's next cell runs.
+    """
+    seen, before = [], dict(os.environ)
+    monkeypatch.setattr(socket, "getdefaulttimeout", lambda: 77)
+    monkeypatch.setattr(socket, "setdefaulttimeout", seen.append)
+    if real:
+        cifar10_on_disk(tmp_path, monkeypatch)
+    monkeypatch.setattr(data, "synthetic", functools.partial(data.synthetic, 320, 100))
+    status, out, err = command("--data-dir", tmp_path, "--epochs", 1, "--batch-size", 32,
+                               "--lr-max", 0.1, "--out", tmp_path)
+    assert status == 0 and (real or seen[-1] == 77), err
+    assert [("NOT CIFAR-10" in text) for text in (out, err)] == [not real] * 2
+    saved = torch.load(tmp_path / "model.pt", weights_only=True)
+    assert saved["classes"][0] == ("airplane" if real else "disc") and saved["width"] == 8
+    for name in ("history.json", "checkpoint.pt", "curves.png", "mistakes.png"):
+        assert (tmp_path / name).stat().st_size > 100
+    assert os.environ.get("MPLBACKEND") == before.get("MPLBACKEND")
+
+
+@each("notebook", [True, False])
+def test_run_in_a_notebook(monkeypatch, notebook):
+    """A notebook's memory is its own affair; a script's is kept."""
+    calls = []
+    monkeypatch.setattr(train, "reuse_freed_memory", lambda: calls.append(1))
+    if notebook:
+        monkeypatch.setattr(sys, "ps1", ">>> ", raising=False)
+    else:
+        monkeypatch.delattr(sys, "ps1", raising=False)
+    assert "--data" in succeed("-h") and calls == [1] * (not notebook)
+
+
+def test_run_seed(folder):
+    """The same seed gives the same run bit for bit, another seed another; so does --runs."""
+    out = succeed(*options(folder), "--runs", 2, "--out", folder / "several")
+    first, second = (outcome(folder / "several" / f"seed{seed}") for seed in (0, 1))
+    assert first == outcome(folder / "whole") and first["result"] != second["result"]
+    results = [run["history"][-1]["averaged"] for run in (first, second)]
+    assert f"{np.mean(results):.2%} +- {np.std(results, ddof=1):.2%}" in out
+    succeed(*options(folder), "--seed", 1, "--out", folder / "seed1")
+    assert outcome(folder / "seed1") == second
+
+
+@each("optimizer, mu", [("muon", 0.6), ("sgd", 0.9)])
+def test_run_is_the_recipe(folder, monkeypatch, optimizer, mu):
+    """Optimizer and average by hand, 12 steps: rates, losses, accuracies, weights, statistics."""
+    quick(monkeypatch.setattr)
+    own, net, history = data.load(folder / "own.npz"), model.make_model(CPU, 3, width=8), []
+    loader = data.Loader(own, 16, torch.float32, CPU)
+    # Small rates, so that rounding grows slowly; the peak is at 5/24 of 12 steps, rounded.
+    lrs = [*np.linspace(1e-4, 1e-3, 3), *np.linspace(1e-3, 1e-4, 10)[1:]]
+    sgd = torch.optim.SGD(net.parameters(), 1, mu, nesterov=True, weight_decay=1e-3)
+    velocity = [torch.zeros_like(w) for w in net.parameters()]
+    average = [w.detach().clone() for w in net.parameters()]
+    for epoch in range(3):
+        losses, correct = [], 0
+        net.train()
+        for k, (x, y) in enumerate(loader.epoch(3, epoch), 4 * epoch):
+            log_p, lr, d = net(x), lrs[k], min(0.99, (1 + k) / (10 + k))
+            loss = -log_p[range(16), y].mean()                            # cross-entropy
+            sgd.zero_grad()
+            loss.backward()
+            with torch.no_grad():
+                for w, v in zip(net.parameters(), velocity):
+                    if w.dim() == 4 and optimizer == "muon":      # a matrix, each row a filter
+                        v.mul_(mu).add_(w.grad)
+                        w *= len(w) ** 0.5 / w.square().sum().sqrt()
+                        w -= lr * orthogonal_by_svd((w.grad + mu * v).flatten(1)).view_as(w)
+                        w.grad = None                             # the rest is left to torch
+                sgd.param_groups[0]["lr"] = lr
+                sgd.step()
+                for w, a in zip(net.parameters(), average):
+                    a.copy_(d * a + (1 - d) * w)
+            losses.append(loss.item())
+            correct += (log_p.argmax(1) == y).sum().item()
+        net.eval()
+        tested = torch.cat([net(x).argmax(1) for x, _ in loader.test()]) == own.test_labels
+        history.append((lr, np.mean(losses), correct / 64, tested.float().mean().item()))
+    out = folder / f"by hand-{optimizer}"
+    succeed(*options(folder), "--lr-max", 1e-3, "--seed", 3, "--optimizer", optimizer, "--out", out)
+    run = train.read_checkpoint(out / "checkpoint.pt")
+    for k, (row, ours) in enumerate(zip(run["history"], history, strict=True)):
+        assert (row["lr"], row["loss"]) == pytest.approx(ours[:2], rel=1e-3)
+        # Later, rounding might decide between two classes.
+        assert k or (row["train"], row["raw"]) == pytest.approx(ours[2:])
+    for w, a in zip(net.parameters(), average):
+        w.data.copy_(a)
+    train.measure_statistics(net, loader, 3, 2)               # after the last epoch
+    for name, ours in net.state_dict().items():
+        torch.testing.assert_close(run["average"][name], ours, rtol=1e-2, atol=1e-3)
+
+
+def test_run_by_default(folder, monkeypatch):
+    """24 epochs with the peak after 5 of them; where there are few images, of one batch each."""
+    steps = []
+    monkeypatch.setattr(train, "update_average", lambda average, net, step: steps.append(step))
+    monkeypatch.setattr(train, "finish_run", lambda *arguments: None)
+    succeed("--data", folder / "own.npz", "--lr-max", 1, "--out", folder / "all")
+    run = train.read_checkpoint(folder / "all" / "checkpoint.pt")
+    lrs = [row["lr"] for row in run["history"]]
+    assert (run["settings"]["batch_size"], len(lrs), lrs.index(max(lrs))) == (64, 24, 5)
+    assert (lrs[0], lrs[5], lrs[23]) == pytest.approx((0.1, 1, 0.1))
+    assert round(24 * 97 * train.PEAK) == 485 and steps == [*range(24)]
+
+
+def test_run_reports_the_last_epoch(folder, monkeypatch):
+    """Never the best one; and the flipped figure apart, as not the result."""
+    values, results = iter([0.5, 0.875, 0.25, 0.375, 0.625, 0.125]), []  # raw, averaged of 3 epochs
+    monkeypatch.setattr(train, "PEAK", 1)                                # may be the last step, too
+    monkeypatch.setattr(train, "accuracy", lambda *_, flip=False: 0.95 if flip else next(values))
+    whole_train = train.train
+    monkeypatch.setattr(train, "train", lambda *a: results.append(whole_train(*a)) or results[0])
+    out = succeed(*options(folder), "--out", folder / "falling")
+    assert results == [0.125]
+    result, flipped = out[out.index("last epoch"):].split("(not the result")
+    assert "12.50%" in result and "62.50%" in result and "95" not in result and "95" in flipped
+    saved = torch.load(folder / "falling" / "model.pt", weights_only=True)
+    assert saved["last_epoch"]["averaged"] == 0.125 and 0.95 not in saved["last_epoch"].values()
+
+
+def test_run_saves_what_it_reports(folder):
+    """model.pt alone, applied by hand to the test images, against the figure beside it."""
+    saved = torch.load(folder / "whole" / "model.pt", weights_only=True)
+    net = model.CustomResNet(len(saved["classes"]), saved["width"]).eval()
+    net.load_state_dict(saved["weights"])
+    x = ((torch.from_numpy(ARRAYS["test_images"]) - saved["mean"]) * saved["inverse_std"])
+    correct = net(x.permute(0, 3, 1, 2)).argmax(1).numpy() == ARRAYS["test_labels"]
+    assert correct.mean() == pytest.approx(saved["last_epoch"]["averaged"])
+    history = json.loads((folder / "whole" / "history.json").read_text())["history"]
+    assert history[-1] == saved["last_epoch"] and [row["epoch"] for row in history] == [1, 2, 3]
+
+
+@each("words", [                                  # {} is the folder of own.npz and the run `whole`
+    "--epochs 0", "--epochs many", "--epochs", "--batch-size 0", "--lr-max 0", "--lr-max nan",
+    "--lr-max inf", "--seed -1", "--runs 0", "--warmup 3", "--optimizer adam",
+    "--out {}/whole", "--out {}/own.npz", "--out {}/own.npz/out",
+    "--resume {}/nowhere", "--resume {}/whole --epochs 4", "--resume {}/whole --lr-max 0.2",
+    "--resume {}/whole --out {}/other", "--resume {}/whole --data synthetic",
+    "--data cifar10 --data-dir {}/empty", "--data cifar10 --data-dir {}/own.npz"])
+def test_bad_option(folder, tmp_path, words):
+    """A sentence and a status, no traceback, and nothing changed."""
+    before, out = outcome(folder / "whole"), tmp_path / "new"
+    words = words.replace("{}", str(folder))
+    given = [] if "--resume" in words else [*options(folder), "--out", out]
+    status, _, err = command(*given, *words.split())
+    assert status and err.strip() and not out.exists() and outcome(folder / "whole") == before
+
+
+def test_out_is_claimed(tmp_path, monkeypatch):
+    """Two runs never share a folder; without --out it is the first free one."""
     monkeypatch.chdir(tmp_path)
-    own = "--data", folder / "own.npz"
-    outs = succeed(*own, main=lrfinder.main), succeed(*own, "--epochs", 1, "--out", "run")
-    found = [re.search(r"LRMAX ([\d.e-]+)", out)[1] for out in outs]
-    lr_max = train.read_checkpoint(tmp_path / "run")["settings"]["lr_max"]
-    assert found == [f"{lr_max:.3g}"] * 2
-    assert Path("lr_range.png").stat().st_size > 5000 < Path("run/lr_range.png").stat().st_size
+    assert [train.free_folder().as_posix() for _ in range(2)] == ["runs/1", "runs/2"]
+    train.begin_run(Path("named/deep"), {}, {}, None)
+    with pytest.raises(SystemExit, match="resume"):
+        train.begin_run(Path("named/deep"), {}, {}, None)
+
+
+@each("what", ["a dangling link", "a file"])
+def test_runs_is_no_folder(folder, tmp_path, monkeypatch, what):
+    """A sentence, and no search for a free number without an end: here it ends after fifty."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(train, "count", lambda start: iter(range(start, 50)))
+    Path("runs").symlink_to("nowhere") if what == "a dangling link" else Path("runs").touch()
+    status, _, err = command(*options(folder))
+    assert status == 1 and "runs" in err and len(err.strip().split("\n")) == 1
+
+
+@each("error, status", [(OSError("no space left"), 1), (KeyboardInterrupt(), 130)])
+def test_out_after_a_false_start(folder, tmp_path, monkeypatch, error, status):
+    """A run whose first checkpoint cannot be written leaves its folder to the next one.
+
+    The folder stands in the home directory, by its short name.
+    """
+    def fail(*arguments):
+        raise error
+
+    monkeypatch.chdir(tmp_path)
+    for name in ("HOME", "USERPROFILE"):
+        monkeypatch.setenv(name, str(tmp_path))
+    arguments = *options(folder), "--epochs", 1, "--out", "~/x"
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "save", fail)
+        assert command(*arguments)[0] == status
+    succeed(*arguments)
+    assert (tmp_path / "x" / "model.pt").exists()
+
+
+def test_result_before_its_file(folder, tmp_path, monkeypatch):
+    """Whoever cannot write model.pt has printed the result."""
+    save = torch.save
+
+    def fail(content, path):
+        if "weights" in content:
+            raise OSError("no space left")
+        save(content, path)
+
+    monkeypatch.setattr(torch, "save", fail)
+    status, out, err = command(*options(folder), "--epochs", 1, "--out", tmp_path / "x")
+    assert status == 1 and "last epoch" in out and "model.pt (no space left)" in err
+
+
+@each("what, epochs", [("rate", 0), ("weights", 1)])
+def test_diverged(folder, monkeypatch, what, epochs):
+    """A loss, or weights that no loss has shown yet: a sentence, and nothing saved over."""
+    out, update = folder / f"diverged-{what}", train.update_average
+
+    def break_weights(average, net, step):
+        update(average, net, step)
+        if step == 7 and what == "weights":                   # the last of the second epoch
+            net.fc.bias.data[2] = math.nan
+
+    monkeypatch.setattr(train, "SAVE_EVERY", 0)
+    monkeypatch.setattr(train, "update_average", break_weights)
+    lr_max = 1e9 if what == "rate" else 0.1
+    status, _, err = command(*options(folder), "--lr-max", lr_max, "--out", out)
+    assert status and "--lr-max" in err and not (out / "model.pt").exists()
+    kept = train.read_checkpoint(out / "checkpoint.pt")
+    assert len(kept["history"]) == epochs
+    assert all(w.isfinite().all() for w in (*kept["net"].values(), *kept["average"].values()))
+
+
+# ----------------------------------------------------------------------- runs: cut off, and resumed
+
+KILLED = """
+import sys, test_all, train
+test_all.quick({})
+train.SAVE_EVERY = 0
+train.finish_run = lambda *arguments: sys.stdin.read()       # it never ends by itself
+train.main()
+"""
+
+
+def kill(*arguments, quick="", **environment):
+    """Start a run, and SIGKILL it when the line of its second epoch says that one is saved."""
+    with start(KILLED.format(quick), *arguments, **environment) as run:
+        try:
+            assert any(line.split()[:1] == ["2"] for line in run.stdout), run.stderr.read()
+        finally:
+            run.kill()
+    assert run.returncode != 0
+
+
+def test_resume_after_sigkill(folder):
+    """Against the uninterrupted run, bit for bit; once more when it has ended; begun on a GPU."""
+    out, moved = folder / "killed", folder / "moved"
+    kill(*options(folder), "--out", out, OMP_NUM_THREADS=str(torch.get_num_threads()))
+    checkpoint = train.read_checkpoint(out / "checkpoint.pt")
+    assert checkpoint["history"] and not (out / "model.pt").exists()
+    for group in checkpoint["optimizer"]["param_groups"]:     # a graph's rates are tensors
+        group.update(lr=torch.tensor(group["lr"]), momentum=9)            # the code's is 0.6
+    moved.mkdir()
+    torch.save(checkpoint, moved / "checkpoint.pt")
+    for path in (out, out / "checkpoint.pt", moved):
+        assert "last epoch" in succeed("--resume", path, "--data", folder / "own.npz")
+        assert outcome(path if path.is_dir() else out) == outcome(folder / "whole")
+
+
+@each("error, status, word", [(KeyboardInterrupt, 130, "--resume"),
+                              (torch.OutOfMemoryError, 1, "--batch-size")])
+def test_resume_after_exception(folder, monkeypatch, error, status, word):
+    """Against the uninterrupted run; only the steps since the last save are done again."""
+    out, whole_set, calls = folder / error.__name__, onecycle.OneCycle.set, []
+
+    def fail_once(self, step):
+        calls.append(step)
+        if len(calls) == 7:
+            raise error
+        return whole_set(self, step)
+
+    monkeypatch.setattr(train, "SAVE_EVERY", 0)
+    monkeypatch.setattr(onecycle.OneCycle, "set", fail_once)
+    end, _, err = command(*options(folder), "--out", out)
+    assert end == status and word in err and command("--resume", out)[0] == 0
+    assert calls == [*range(7), *range(4, 12)] and outcome(out) == outcome(folder / "whole")
+
+
+def test_checkpoint_intervals(folder, monkeypatch):
+    """SAVE_EVERY counts from the last save: by a clock of a second a look, after epochs 2 and 4."""
+    clock, saved = itertools.count(), []
+    monkeypatch.setattr(train, "time", SimpleNamespace(time=lambda: next(clock)))
+    monkeypatch.setattr(train, "SAVE_EVERY", 5)
+    monkeypatch.setattr(train, "save_run", lambda out, settings, history, *_: saved.append(
+        len(history)))
+    monkeypatch.setattr(train, "finish_run", lambda *arguments: None)
+    succeed(*options(folder), "--epochs", 5, "--out", folder / "intervals")
+    assert saved == [0, 2, 4, 5]
+
+
+# --------------------------------------------------------------------------------------- on a GPU
+
+@needs_gpu
+@needs_triton
+def test_gpu_kernel():
+    """`check_kernel` on the GPU."""
+    check_kernel(CUDA)
+
+
+@needs_gpu
+@each("dtype", [torch.float32, BF16])
+def test_gpu_loader(dtype):
+    """Batches are those of the CPU bit for bit; 100 batches a launch of the kernel."""
+    loaders = [make_loader(3, device, dtype, train=500) for device in (CPU, CUDA)]
+    ours, theirs = ([*loader.epoch(1, 1)] for loader in loaders)
+    assert with_bytes(ours) == with_bytes(theirs) and len(theirs) == 166
+    ours, theirs = ([torch.cat(parts) for parts in zip(*loader.test())] for loader in loaders)
+    assert with_bytes(ours) == with_bytes(theirs)             # of batches of another size
+
+
+def gpu_run(seed, optimizer="muon"):
+    """A network, the function that trains it, its schedule and eight batches."""
+    net = model.make_model(CUDA, seed)
+    optimizer = model.make_optimizer(net, optimizer)
+    step = train.make_step(net, optimizer, model.make_scaler(CUDA))
+    batches = [(x.to(CUDA, BF16).contiguous(memory_format=torch.channels_last), y.to(CUDA))
+               for x, y in random_batches(8, seed)]
+    return net, step, onecycle.OneCycle(optimizer, 8, 3, 0.1), batches
+
+
+@needs_gpu
+@each("optimizer", ["muon", "sgd"])
+def test_gpu_graph_is_eager(monkeypatch, optimizer):
+    """Eight steps at eight rates on eight batches, three as they are, five by the graph.
+
+    In bf16, as runs are; in float32 not even two series of steps launched by Python are equal.
+    """
+    monkeypatch.setattr(model, "precision", lambda device: BF16)
+    results = []
+    for function in (train.as_graph, lambda step: step):
+        monkeypatch.setattr(train, "as_graph", function)
+        net, step, schedule, batches = gpu_run(0, optimizer)
+        losses = []
+        for k, batch in enumerate(batches):
+            schedule.set(k)
+            losses.append(step(*batch)[0].item())
+        results.append((losses, with_bytes([*net.parameters()])))
+    assert len(set(losses)) == 8 and results[0] == results[1]
+
+
+@needs_gpu
+def test_gpu_graphs_overlap(monkeypatch):
+    """Two graphs replayed at once on two streams compute what they do one after the other."""
+    monkeypatch.setattr(model, "precision", lambda device: BF16)
+    results = []
+    for overlap in (False, True):
+        runs, streams = [gpu_run(0), gpu_run(1)], [torch.cuda.Stream() for _ in range(2)]
+        for k in range(80):                                   # three as they are, then recorded
+            for (_, step, schedule, batches), stream in zip(runs, streams):
+                if k < 8:
+                    schedule.set(k)
+                if k <= 8 or not overlap:
+                    torch.cuda.synchronize()
+                with torch.cuda.stream(stream if k >= 8 else torch.cuda.current_stream()):
+                    step(*batches[k % 8])
+        torch.cuda.synchronize()
+        results.append([with_bytes([*net.parameters()]) for net, *_ in runs])
+    assert results[0] == results[1] and results[0][0] != results[0][1]
+
+
+@needs_gpu
+@each("optimizer", ["muon", "sgd"])
+def test_gpu_fp16(monkeypatch, optimizer):
+    """Where bf16 is emulated, as on a T4: scaled steps without a graph, and the loss falls."""
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: False)
+    net = model.make_model(CUDA)
+    optimizer, scaler = model.make_optimizer(net, optimizer, 0.02), model.make_scaler(CUDA)
+    step, (inputs, labels) = train.make_step(net, optimizer, scaler), random_batches(1)[0]
+    inputs, labels = inputs.to(CUDA, torch.float16), labels.to(CUDA)
+    losses = [step(inputs, labels)[0].item() for _ in range(40)]
+    assert scaler.is_enabled() and losses[-1] < losses[0] / 2
+    assert all(w.isfinite().all() and w.dtype == torch.float32 for w in net.parameters())
+
+
+@needs_gpu
+def test_gpu_run_moves_to_the_cpu(folder):
+    """Begun on a GPU, killed, and gone on with where no GPU is to be seen."""
+    out = folder / "gpu"
+    kill(*options(folder), "--out", out, quick="dtype=None")
+    text = python("import test_all, train; test_all.quick(dtype=None); train.main()", "--resume",
+                  out, CUDA_VISIBLE_DEVICES="")
+    gpu, cpu = (train.read_checkpoint(run / "checkpoint.pt") for run in (out, folder / "whole"))
+    assert "device    cpu" in text and len(gpu["history"]) == 3
+    assert all(w.isfinite().all() for w in gpu["average"].values())
+    assert gpu["history"][0]["loss"] == pytest.approx(cpu["history"][0]["loss"], rel=0.05)
+
+
+# ------------------------------------------------------------------------- what the pages claim
+
+def blocks(page):
+    return re.findall(r"```python\n(.*?)```", (HERE / page).read_text(), re.DOTALL)
+
+
+def test_tables_are_of_the_rows():
+    """Each table between markers is what experiments.jsonl gives, so no figure is copied by hand."""
+    for page in tables.PAGES:
+        assert page.read_text() == tables.filled(page, experiments.read())
+
+
+def test_readme_loop_is_train():
+    """Word for word the file's."""
+    (loop,) = (block for block in blocks("README.md") if "update_average" in block)
+    for line in loop.splitlines():
+        assert line.strip() == "..." or f"\n{line}\n" in Path(train.__file__).read_text()
+
+
+def test_readme_snippet(tmp_path, monkeypatch):
+    """It runs as it stands, and learns: ten classes by chance have a loss of ln 10."""
+    monkeypatch.chdir(tmp_path)
+    torch.manual_seed(0)
+    (snippet,) = (block for block in blocks("README.md") if "OneCycle(" in block)
+    names = {}
+    exec(snippet, names)
+    assert names["loss"] < 0.7 * math.log(10) and Path("lr_range.png").stat().st_size > 5000
+
+
+def test_readme_links():
+    """Every file and heading that a page links to is there."""
+    for page in ("README.md", "docs/measurements.md", "docs/your-own.md"):
+        folder = (HERE / page).parent
+        for target in re.findall(r"\]\(([^)]*)\)", (HERE / page).read_text()):
+            if not target.startswith("http"):
+                path, _, anchor = target.partition("#")
+                path = folder / path if path else HERE / page
+                headings = re.findall(r"^#+ (.*)", path.read_text(), re.M) if anchor else []
+                anchors = [re.sub(r"[^\w -]", "", h.lower()).replace(" ", "-") for h in headings]
+                assert path.exists() and (not anchor or anchor in anchors), target
+
+
+@each("schedule, first, middle, last", [
+    ("one cycle", 0.1, 0.668, 0.1), ("annihilated", 0.1, 0.632, 0), ("no rise", 1, 0.55, 0.1),
+    ("linear", 1, 0.5, 0), ("cosine", 1, 0.5, 0), ("constant", 1, 1, 1), ("steps", 1, 0.1, 0.01)])
+def test_schedules_of_the_experiments(schedule, first, middle, last):
+    """Their rates at the start, in the middle and at the end, as shares of LRMAX."""
+    optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], 1)
+    ours = experiments.Schedule(optimizer, 49, {**experiments.RECIPE, "lr": 2.0,
+                                                "schedule": schedule})
+    assert [ours.set(k) / 2 for k in (0, 24, 48)] == pytest.approx([first, middle, last], abs=1e-3)
+
+
+def test_lesson(monkeypatch):
+    """The lesson's cells run in order, on a few drawn shapes; both cycles end at a tenth."""
+    monkeypatch.chdir(HERE / "docs")                     # where Jupyter runs it
+    monkeypatch.setattr(sys, "path", [*sys.path])        # the lesson adds the project's folder
+    monkeypatch.setattr(data, "load", lambda source: data.synthetic(256, 64))
+    cells = json.loads(Path("lesson.ipynb").read_text(encoding="utf-8"))["cells"]
+    names, limit = {}, SimpleNamespace(lr=0.01, lr_max=0.03)     # so few shapes show no limit
+    with matplotlib.rc_context({"backend": "Agg"}), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", ".*non-interactive")               # of plt.show()
+        for cell in cells:
+            if cell["cell_type"] == "code":
+                exec("".join(cell["source"]), names)
+                names.update(BATCH=16, EPOCHS=2, WIDTH=4, limit=names.get("limit") or limit)
+    rates = [names[run][-1]["lr"] / names["lr_max"] for run in ("right", "wrong")]
+    assert rates == pytest.approx([0.1, 1]) and len(names["right"]) == 2
