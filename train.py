@@ -135,9 +135,7 @@ def as_graph(step, warmup=3):
             return step(*batch)
         if not inputs:
             inputs.extend(tensor.clone() for tensor in batch)
-            # Recording executes nothing. It takes a stream of its own, since cuBLAS keeps one
-            # workspace per stream: graphs that shared it would spoil each other when they overlap.
-            with torch.cuda.graph(graph, stream=torch.cuda.Stream()):
+            with torch.cuda.graph(graph):      # records, and executes nothing
                 outputs.extend(step(*inputs))
         for recorded, tensor in zip(inputs, batch):
             recorded.copy_(tensor)
