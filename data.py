@@ -1,4 +1,4 @@
-"""CIFAR-10 as bytes on the GPU, a whole epoch augmented by one launch of a kernel.
+"""CIFAR-10 as bytes on the GPU, a hundred batches augmented by one launch of a kernel.
 
 The training set is 50,000 x 32 x 32 x 3 bytes = 154 MB. It fits on any GPU, so it goes there once,
 as uint8, and stays. A table of random numbers, one row per image, then determines each epoch:
@@ -8,9 +8,9 @@ as uint8, and stays. A table of random numbers, one row per image, then determin
     FLIP           1 = mirrored left to right
     CUT_Y, CUT_X   centre of the 8 x 8 cutout (0 .. 31 each); clipped at the border
 
-The augmented epoch is a *pure function* of the bytes and that table. It is written twice: `augment`
-in plain torch, and `augment_kernel` in Triton, which reads an image's 3,072 bytes once and writes
-its result once, 6,144 bytes in bf16.
+The augmented epoch is a *pure function* of the bytes and that table. It is implemented twice:
+`augment` in plain torch, and `augment_kernel` in Triton, which reads an image's 3,072 bytes once
+and writes its result once, 6,144 bytes in bf16.
 
     loader = Loader(load("auto"), 512, torch.bfloat16, torch.device("cuda"))
     for inputs, labels in loader.epoch(seed=0, epoch=0):     # (512, 3, 32, 32), (512,)
@@ -39,7 +39,7 @@ INDEX, TOP, LEFT, FLIP, CUT_Y, CUT_X = range(6)              # the columns of th
 def draw_epoch(count, seed, epoch):
     """One epoch's table of random numbers, (count, 6) int32, in the order of training.
 
-    A pure function of (seed, epoch), too: every device gets the same numbers, and a resumed run
+    Also a pure function, of (seed, epoch): every device gets the same numbers, and a resumed run
     needs no random state.
     """
     random = np.random.default_rng([seed, epoch + 1])
@@ -54,7 +54,7 @@ def draw_epoch(count, seed, epoch):
 
 
 def plain_draws(count):
-    """The table that changes nothing: in order, middle crop, no flip, cutout far outside."""
+    """The table that changes nothing: in order, centre crop, no flip, cutout far outside."""
     draws = torch.tensor([0, PAD, PAD, 0, -SIZE, -SIZE], dtype=torch.int32).repeat(count, 1)
     draws[:, INDEX] = torch.arange(count)
     return draws
@@ -110,7 +110,7 @@ if triton:
         index = tl.load(draws).to(tl.int64)
         top, left, flip = tl.load(draws + 1), tl.load(draws + 2), tl.load(draws + 3)
         cut_y, cut_x = tl.load(draws + 4), tl.load(draws + 5)
-        tl.assume((top >= 0) & (top <= 2 * PAD))   # tells the compiler: rows 4 .. 27 stay inside
+        tl.assume((top >= 0) & (top <= 2 * PAD))   # rows 4 .. 27 then need no reflection
         # The image is read once, in memory order, 16 bytes per thread. Crop and flip then pick from
         # what was read: a gather in shared memory, which is fast in any order. Everything is one
         # vector; lengths must be powers of two, so its last quarter is masked.
@@ -175,7 +175,7 @@ class Loader:
         self.augment = pick_augment(device, dtype)
 
     def __len__(self):
-        """Training batches per epoch; the images left over skip the epoch."""
+        """Training batches per epoch; the images that do not fill one are left out of it."""
         return len(self.train_images) // self.batch_size
 
     def epoch(self, seed, epoch):
@@ -261,7 +261,7 @@ def load(source="auto", data_dir="data"):
     except FileNotFoundError as error:     # any other error: drawn shapes would hide the damage
         if source == "cifar10":
             raise
-        print(f"{error}\nTHIS IS NOT CIFAR-10: going on with drawn shapes", file=sys.stderr)
+        print(f"{error}\nTHIS IS NOT CIFAR-10: continuing with drawn shapes", file=sys.stderr)
         return synthetic()
 
 
@@ -300,7 +300,7 @@ def load_npz(path):
         raise OSError(f"cannot read '{path}': {error.strerror or error}; see --data in -h")
     except Exception as error:         # a key that is missing, pickled objects, damage of any kind
         wanted = Dataset._fields[len(arrays) + 2] if len(arrays) < 4 else "classes"
-        raise ValueError(f"cannot take {wanted} from '{path}' ({error}); see --data in -h"
+        raise ValueError(f"cannot read {wanted} from '{path}' ({error}); see --data in -h"
                          ) from error
     classes = np.ravel(arrays.pop("classes", [])).astype(str).tolist()
     return make_dataset(Path(path).name, [*arrays.values()], classes)

@@ -17,7 +17,7 @@ watches the accuracy):
     LRMIN    LRMAX / 10, where a cycle up to LRMAX starts (Smith, arXiv 1803.09820, section 4.1)
 
 At LRMAX training is only just stable: it is a limit, and a faster sweep reads a higher one. Half of
-it was a good peak for fourteen small models; docs/measurements.md has the table. train.py, whose
+it was a good peak for seven small models; docs/measurements.md has the table. train.py, whose
 network has batch normalisation, goes up to LRMAX.
 
     curve = range_test(model, optimizer, torch.nn.functional.cross_entropy, loader)
@@ -59,8 +59,8 @@ class NotFound(ValueError):
 class Curve(NamedTuple):
     """What a range test measured: the raw loss at each learning rate, lists of equal length.
 
-    ended: "", or why the sweep ended early and what to try. (To stop because LRMAX has been passed
-    does not count.)
+    ended: "", or why the sweep ended early and what to try. (Stopping because LRMAX was passed does
+    not count.)
     """
     lrs: list
     losses: list
@@ -122,10 +122,7 @@ def range_test(model, optimizer, loss, batches, *, lr_start=LR_START, lr_end=LR_
                                 "how to wrap others")
             inputs, labels = tree_map(lambda v: v.to(device) if hasattr(v, "to") else v, batch)
             for group, rate in zip(groups, rates):
-                if torch.is_tensor(group["lr"]):          # it may be part of a compiled step
-                    group["lr"].fill_(lr * rate / max(rates))
-                else:
-                    group["lr"] = lr * rate / max(rates)
+                set_rate(group, lr * rate / max(rates))
             with autocast():
                 value = loss(model(inputs), labels)
             losses.append(mean_over_ranks(model, value))
@@ -161,7 +158,7 @@ def enough(losses):
     gained = start - lowest
     # abs: a loss may be negative, as -log of a density.
     threshold = REBOUND * gained if gained > FALL * abs(start) else gained + RUNAWAY * abs(start)
-    # The last third apart, too: an untrained network is about equally wrong on every batch.
+    # Of the last third, too: before anything is learned, batches hardly differ.
     sigma = max(noise(losses), noise(losses[-len(losses) // 3:]))
     return bool(medians[-1] - lowest > max(threshold, SIGNIFICANT * sigma))
 
@@ -184,7 +181,7 @@ def suggest(curve):
         raise not_found("the loss never falls clearly", "start the sweep lower, use larger batches "
                         "or more steps, or check model and data")
     # Walk along the curve and keep the lowest point so far, until the loss is clearly above it; but
-    # only once half of the fall is behind us, as an early spike does not end the descent.
+    # only once half of the fall is behind us, so that an early spike does not end the descent.
     best = 0
     for k, value in enumerate(smoothed):
         if value < smoothed[best]:
@@ -205,7 +202,7 @@ def suggest(curve):
 
 
 def smooth(losses):
-    """Medians of 5, then a central average of each with its neighbours, near ones more.
+    """Medians of 5, then a central average of each with its neighbours, weighting near ones more.
 
     The medians remove outliers, which an average would smear out. Being central, it does not lag as
     a running average does. The weights are cos^2, a Hann window; near the ends it shrinks
@@ -316,6 +313,13 @@ def everything_restored(model, optimizer, loss):
             undo.callback(entries.clear)
         optimizer.state.update({p: copy.deepcopy(s) for p, s in optimizer.state.items()})
         yield
+
+
+def set_rate(group, lr):
+    if torch.is_tensor(group["lr"]):                      # it may be part of a compiled step
+        group["lr"].fill_(lr)
+    else:
+        group["lr"] = lr
 
 
 def mean_over_ranks(model, value):

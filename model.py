@@ -11,7 +11,7 @@ A residual network of eight convolutions, David Page's ResNet-9 with pooling bef
     fc      fully connected, softmax                            10                  5,130
 
 with R = conv 3x3, BN, ReLU, conv 3x3, BN, ReLU: 6,573,130 parameters, and 379 million
-multiply-accumulates an image. Each layer halves the picture and doubles the channels. Pooling
+multiply-accumulates per image. Each layer halves the picture and doubles the channels. Pooling
 before normalisation leaves normalisation a quarter of the pixels to read.
 
     net = make_model(pick_device())
@@ -115,7 +115,7 @@ class Muon(torch.optim.Optimizer):
 
     dtype: of the products in `orthogonal`. lr may be a tensor, as a CUDA graph requires.
 
-    Source: Jordan et al., kellerjordan.github.io/posts/muon, 2024; the fixed length and the three
+    Source: Jordan et al., kellerjordan.github.io/posts/muon, 2024; the fixed norm and the three
     rounds are those of Jordan's airbench94_muon. torch.optim.Muon takes matrices only.
     """
 
@@ -178,7 +178,7 @@ def make_model(device, seed=0, classes=10, width=64):
     torch.manual_seed(seed)
     net = CustomResNet(classes, width).to(device)
     # channels_last (NHWC in memory) is what tensor cores and oneDNN read fastest. Not on Apple's
-    # GPUs: there its gradients are wrong before pytorch's pull request 188371 of June 2026.
+    # GPUs: where its gradients are wrong before PyTorch's PR #188371 (June 2026).
     return net if device.type == "mps" else net.to(memory_format=torch.channels_last)
 
 

@@ -3,7 +3,7 @@
     python train.py                     finds LRMAX by a range test, then trains; see -h
     python train.py --optimizer sgd     the assignment's own optimizer in place of Muon
     python train.py --resume runs/1     goes on with an interrupted run as if it had never stopped
-                                        (bit for bit on a CPU, with as many threads)
+                                        (bit for bit on a CPU with the same number of threads)
 
 At the end of the cycle the learning rate is still LRMAX / 10, and the weights jitter around the
 bottom of the valley. So an exponential moving average (EMA) of the weights is kept beside them; it
@@ -36,7 +36,7 @@ from onecycle import OneCycle
 # The recipe: an experiment is one edited line. Constants shared with the range test are in
 # model.py; batch size, epochs and width belong to the data set (`Dataset` in data.py).
 PEAK = 5 / 24             # the fraction of the run at which the learning rate peaks
-LR_MAX = 0.1              # if the range test finds nothing: about its usual answer on CIFAR-10
+LR_MAX = 0.1              # if the range test finds nothing: about its usual answer with Muon
 AVERAGE_DECAY = 0.99      # d: the average reflects mostly the last 100 steps, one epoch
 SWEEP = 100               # batches of the range test: large ones have little noise
 SAMPLE = 5120             # training images that give the average its BatchNorm statistics
@@ -88,8 +88,8 @@ def train_epoch(net, average, step, schedule, loader, seed, epoch):
         lr = schedule.set(k)
         loss, hits = step(inputs, labels)                # forward, backward, optimizer
         update_average(average, net, k)                  # a <- d a + (1 - d) w
-        loss_sum += loss                                 # stays on the GPU: reading it here would
-        correct += hits                                  # make Python wait, and then the GPU
+        loss_sum += loss                                 # stay on the GPU: to read them, Python
+        correct += hits                                  # would wait for it, and then it for Python
     images, loss = len(loader) * loader.batch_size, float(loss_sum) / len(loader)
     seconds = time.time() - start
     return {"epoch": epoch + 1, "lr": lr, "loss": loss, "train": int(correct) / images,
@@ -112,8 +112,8 @@ def make_step(net, optimizer, scaler, loss_function=nll_loss):
 
     # A graph cannot stop to read a value back: neither whether fp16 overflowed, which the scaler
     # must know, nor the learning rate, which torch's optimizers read unless fused or capturable.
-    runs_alone = optimizer.defaults.get("fused") or optimizer.defaults.get("capturable")
-    if device.type != "cuda" or scaler.is_enabled() or not runs_alone:
+    stays_on_gpu = optimizer.defaults.get("fused") or optimizer.defaults.get("capturable")
+    if device.type != "cuda" or scaler.is_enabled() or not stays_on_gpu:
         return step
     for group in optimizer.param_groups:       # a number would be frozen into the recording
         group["lr"] = torch.tensor(float(group["lr"]), device=device)
@@ -331,7 +331,8 @@ def begin_run(out, settings, parts, checkpoint):
     try:
         (out / "history.json").touch(exist_ok=False)     # atomic: of two runs one wins
     except FileExistsError:
-        sys.exit(f"{out} holds a run: go on with --resume {out}, or name another --out")
+        sys.exit(f"{out} already holds a run: continue it with --resume {out}, or choose another "
+                 f"--out")
     try:
         save_run(out, settings, [], parts)               # --resume works from here on
     except BaseException:
@@ -376,7 +377,7 @@ def read_checkpoint(path):
         names = "settings", "history", "net", "average", "optimizer", "scaler"
         return {name: content[name] for name in names}
     except FileNotFoundError:
-        sys.exit(f"there is no {path} to go on with")
+        sys.exit(f"there is no {path} to resume from")
     except Exception as error:                           # damage raises a dozen kinds
         sys.exit(f"{path} is damaged, or not a checkpoint of train.py ({error})")
 
@@ -417,7 +418,7 @@ def make_parser(only_search):
             help="train with N seeds, starting at --seed; mean and std")
         add("--out", metavar="DIR", type=path,
             help="folder for the results (the first free one of runs/1, ...)")
-        add("--resume", metavar="DIR", type=path, help="go on with the run in DIR; only --data and "
+        add("--resume", metavar="DIR", type=path, help="continue the run in DIR; only --data and "
             "--data-dir may be combined with it")
     return parser
 
@@ -445,7 +446,7 @@ def run(parser, only_search):
     size = [len(data.train_images), len(data.test_images), len(data.classes)]
     if settings.setdefault("size", size) != size:
         sys.exit(f"{data.name} has {size} training images, test images and classes, the run "
-                 f"{settings['size']}: name the run's own with --data or --data-dir")
+                 f"{settings['size']}: point --data or --data-dir at the run's own")
     loader = Loader(data, settings["batch_size"], precision(device), device)
     settings["batch_size"] = loader.batch_size
     print_device(loader)
@@ -475,13 +476,13 @@ def reuse_freed_memory():
 
 def main(only_search=False):
     if hasattr(sys.stdout, "reconfigure"):                    # a notebook's lacks it
-        sys.stdout.reconfigure(errors="backslashreplace")     # a terminal may lack a letter
+        sys.stdout.reconfigure(errors="backslashreplace")     # some terminals lack letters
     if not hasattr(sys, "ps1"):                               # leave a notebook's memory alone
         reuse_freed_memory()
     try:
         run(make_parser(only_search), only_search)
     except KeyboardInterrupt:
-        hint = "" if only_search else ": --resume goes on from the last checkpoint"
+        hint = "" if only_search else ": --resume continues from the last checkpoint"
         print(f"\ninterrupted{hint}", file=sys.stderr)
         sys.exit(130)
     except torch.OutOfMemoryError:

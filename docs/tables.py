@@ -166,9 +166,9 @@ def ladder(rows):
     gain = statistics.mean(a) - statistics.mean(b)
     error = (statistics.variance(a) / len(a) + statistics.variance(b) / len(b)) ** 0.5
     return lines(["", "accuracy in %", "n", "gain", "how"], [
-        ["the assignment: one cycle, SGD", mean(plain, "raw"), len(plain), "",
+        ["the above with SGD, the assignment's optimizer; raw weights", mean(plain, "raw"), len(plain), "",
          "`python train.py --optimizer sgd --lr-max 0.2`, column `raw`"],
-        ["+ averaged weights", mean(plain, "averaged"), len(plain), average,
+        ["+ averaged weights, fresh batch statistics", mean(plain, "averaged"), len(plain), average,
          "the same run, column `averaged`"],
         ["+ Muon instead of SGD", f"**{mean(muon, 'averaged')}**", len(muon),
          f"{gain:+.2f} ± {error:.2f}", "`python train.py`, column `averaged`"]])
@@ -193,8 +193,9 @@ def lr_min(rows):
 
 
 def finders(rows):
-    """The README's table: our rule, each package's own, and a constant."""
-    shown = "lr", "fastai valley", "torch-lr-finder, on our range", "Lightning", "a constant"
+    """The README's table: our rates, each package's, and a constant."""
+    shown = ("lr", "LRMAX", "steepest", "fastai minimum / 10", "torch-lr-finder, on our range",
+             "Lightning", "a constant")
     (_, body), (_, small) = (range_test.summary(batch, shown) for batch in (32, 8))
     return lines(["finder", "mean", "worst pair", "mean, batches of 8"],
                  [[*a[:3], b[1]] for a, b in zip(body, small)])
