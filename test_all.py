@@ -1687,7 +1687,7 @@ def test_tables_are_of_the_rows():
 def test_readme_loop_is_train():
     """Word for word the file's."""
     loops = [block for block in blocks("README.md") if "loader" in block and "import" not in block]
-    assert len(loops) == 2 and all(loop in Path(train.__file__).read_text() for loop in loops)
+    assert len(loops) == 1 and all(loop in Path(train.__file__).read_text() for loop in loops)
 
 
 def test_readme_snippet(tmp_path, monkeypatch):
