@@ -39,7 +39,7 @@ INDEX, TOP, LEFT, FLIP, CUT_Y, CUT_X = range(6)              # the columns of th
 def draw_epoch(count, seed, epoch):
     """One epoch's table of random numbers, (count, 6) int32, in the order of training.
 
-    Also a pure function, of (seed, epoch): every device gets the same numbers, and a resumed run
+    A pure function of (count, seed, epoch): every device gets the same numbers, and a resumed run
     needs no random state.
     """
     random = np.random.default_rng([seed, epoch + 1])
@@ -132,7 +132,7 @@ if triton:
         red, green, blue = tl.load(inverse_std), tl.load(inverse_std + 1), tl.load(inverse_std + 2)
         scale = tl.where(channel == 0, red, tl.where(channel == 1, green, blue))
         # The cutout is a scale of 0: one `where` for rows, one for columns. fma(x, scale, 0.0) is
-        # x * scale, but that -0.0, a dark pixel times 0, becomes 0.0 as in plain torch.
+        # x * scale, except that -0.0, a dark pixel times 0, becomes 0.0 as in plain torch.
         cut_row, cut_column = row - cut_y + CUT // 2, column - cut_x + CUT // 2
         cut = tl.where((cut_column >= 0) & (cut_column < CUT), 0.0, scale)
         scale = tl.where((cut_row >= 0) & (cut_row < CUT), cut, scale)
@@ -271,7 +271,8 @@ def load_cifar10(folder):
     FileNotFoundError: nothing is there, and no download; any other OSError: the files are damaged.
     """
     from torchvision.datasets import CIFAR10                 # takes a second: only where needed
-    there = any((folder / name).exists() for name in (CIFAR10.base_folder, CIFAR10.filename))
+    names = CIFAR10.base_folder, CIFAR10.filename
+    there = folder.is_file() or any((folder / name).exists() for name in names)
     if not there:
         print(f"CIFAR-10 is not in '{folder}': downloading it, 170 MB", file=sys.stderr)
     patience = socket.getdefaulttimeout()

@@ -158,7 +158,7 @@ def enough(losses):
     gained = start - lowest
     # abs: a loss may be negative, as -log of a density.
     threshold = REBOUND * gained if gained > FALL * abs(start) else gained + RUNAWAY * abs(start)
-    # Of the last third, too: before anything is learned, batches hardly differ.
+    # Also of the last third: before anything is learned, batches hardly differ.
     sigma = max(noise(losses), noise(losses[-len(losses) // 3:]))
     return bool(medians[-1] - lowest > max(threshold, SIGNIFICANT * sigma))
 
@@ -287,7 +287,8 @@ def everything_restored(model, optimizer, loss):
 
     Parameters and buffers of the model, of the loss if it is a module, and any further parameters
     of the optimizer; gradients; train/eval flags; the optimizer's state and settings; the random
-    states of Python, numpy, the CPU and every CUDA GPU (not of Apple GPUs or custom generators).
+    states of Python, numpy, the CPU and every CUDA GPU. Not restored: other attributes, such as a
+    counter in `forward`; the random states of Apple GPUs and custom generators.
     """
     modules = {*model.modules(), *(loss.modules() if isinstance(loss, torch.nn.Module) else ())}
     parameters = {p for m in modules for p in m.parameters()}

@@ -11,8 +11,8 @@ A residual network of eight convolutions, David Page's ResNet-9 with pooling bef
     fc      fully connected, softmax                            10                  5,130
 
 with R = conv 3x3, BN, ReLU, conv 3x3, BN, ReLU: 6,573,130 parameters, and 379 million
-multiply-accumulates per image. Each layer halves the picture and doubles the channels. Pooling
-before normalisation leaves normalisation a quarter of the pixels to read.
+multiply-accumulates per image. Each layer halves the picture's sides and doubles the channels.
+Pooling before normalisation leaves normalisation a quarter of the pixels to read.
 
     net = make_model(pick_device())
     optimizer = make_optimizer(net)            # a schedule sets its learning rate
@@ -148,7 +148,7 @@ class Muon(torch.optim.Optimizer):
         return loss
 
 
-# ----------------------------------------------------- the lesson ends here; below, the setting up
+# ----------------------------------------------------- the lesson ends here; below, the setup
 
 def pick_device():
     """A CUDA GPU, else Apple's GPU, else the CPU."""
@@ -178,7 +178,7 @@ def make_model(device, seed=0, classes=10, width=64):
     torch.manual_seed(seed)
     net = CustomResNet(classes, width).to(device)
     # channels_last (NHWC in memory) is what tensor cores and oneDNN read fastest. Not on Apple's
-    # GPUs: where its gradients are wrong before PyTorch's PR #188371 (June 2026).
+    # GPUs, where its gradients were wrong before PyTorch's PR #188371 (June 2026).
     return net if device.type == "mps" else net.to(memory_format=torch.channels_last)
 
 

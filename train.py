@@ -2,7 +2,7 @@
 
     python train.py                     finds LRMAX by a range test, then trains; see -h
     python train.py --optimizer sgd     the assignment's own optimizer in place of Muon
-    python train.py --resume runs/1     goes on with an interrupted run as if it had never stopped
+    python train.py --resume runs/1     continues an interrupted run as if it had never stopped
                                         (bit for bit on a CPU with the same number of threads)
 
 At the end of the cycle the learning rate is still LRMAX / 10, and the weights jitter around the
@@ -38,7 +38,7 @@ from onecycle import OneCycle
 PEAK = 5 / 24             # the fraction of the run at which the learning rate peaks
 LR_MAX = 0.1              # if the range test finds nothing: about its usual answer with Muon
 AVERAGE_DECAY = 0.99      # d: the average reflects mostly the last 100 steps, one epoch
-SWEEP = 100               # batches of the range test: large ones have little noise
+SWEEP = 100               # batches of the range test; a slower sweep reads a lower LRMAX
 SAMPLE = 5120             # training images that give the average its BatchNorm statistics
 
 
@@ -88,8 +88,8 @@ def train_epoch(net, average, step, schedule, loader, seed, epoch):
         lr = schedule.set(k)
         loss, hits = step(inputs, labels)                # forward, backward, optimizer
         update_average(average, net, k)                  # a <- d a + (1 - d) w
-        loss_sum += loss                                 # stay on the GPU: to read them, Python
-        correct += hits                                  # would wait for it, and then it for Python
+        loss_sum += loss                                 # stay on the GPU: reading them would make
+        correct += hits                                  # Python wait for it, then it for Python
     images, loss = len(loader) * loader.batch_size, float(loss_sum) / len(loader)
     seconds = time.time() - start
     return {"epoch": epoch + 1, "lr": lr, "loss": loss, "train": int(correct) / images,
@@ -272,7 +272,8 @@ def plot_curves(history, schedule, steps, data, path):
         top.plot(epochs, [100 * row[key] for row in history], marker + style, label=key)
     if data.name == "CIFAR-10":
         top.axhline(90, color="grey", linewidth=0.8)     # what the assignment asks for
-    top.set(ylabel="accuracy in %", title="test set: averaged and raw weights; train: augmented")
+    top.set(ylabel="accuracy in %",
+            title="test accuracy: averaged and raw weights; train: augmented images")
     top.legend(loc="lower right")
     middle.plot(epochs, [row["loss"] for row in history], marker + "-", color="tab:red")
     middle.set(ylabel="training loss", ylim=(0, None))

@@ -166,7 +166,7 @@ def ladder(rows):
     gain = statistics.mean(a) - statistics.mean(b)
     error = (statistics.variance(a) / len(a) + statistics.variance(b) / len(b)) ** 0.5
     return lines(["", "accuracy in %", "n", "gain", "how"], [
-        ["the above with SGD, the assignment's optimizer; raw weights", mean(plain, "raw"), len(plain), "",
+        ["the above with SGD; raw weights", mean(plain, "raw"), len(plain), "",
          "`python train.py --optimizer sgd --lr-max 0.2`, column `raw`"],
         ["+ averaged weights, fresh batch statistics", mean(plain, "averaged"), len(plain), average,
          "the same run, column `averaged`"],
@@ -194,10 +194,10 @@ def lr_min(rows):
 
 def finders(rows):
     """The README's table: our rates, each package's, and a constant."""
-    shown = ("lr", "LRMAX", "steepest", "fastai minimum / 10", "torch-lr-finder, on our range",
-             "Lightning", "a constant")
+    shown = ("lr", "LRMAX / 3 of 100 steps", "LRMAX", "steepest", "fastai minimum / 10",
+             "torch-lr-finder, on our range", "Lightning")
     (_, body), (_, small) = (range_test.summary(batch, shown) for batch in (32, 8))
-    return lines(["finder", "mean", "worst pair", "mean, batches of 8"],
+    return lines(["finder", "mean regret", "of the worst pair", "mean at batch 8"],
                  [[*a[:3], b[1]] for a, b in zip(body, small)])
 
 
