@@ -132,15 +132,29 @@ def recipe(rows):
 
 
 def rise(rows):
-    """With and without the rise, at three rates, half size."""
+    """With and without the rise, half size: means, and the paired difference to the cycle."""
+    columns = ("averaged",), ("raw",), ("held out", "averaged"), ("held out", "raw")
+
+    def values(same, path):
+        same = {row["seed"]: row for row in same}
+        return {seed: row[path[0]][path[1]] if path[1:] else row[path[0]]
+                for seed, row in same.items()}
+
     body = []
     for lr in (0.1, 0.2, 0.4):
-        for schedule in ("one cycle", "no rise", "annihilated", "linear"):
-            same = pick(rows, "rise", 32, 25000, lr=lr, schedule=schedule)
-            if same:
-                body.append([lr, NAMES[schedule], mean(same, "averaged"), mean(same, "raw"),
-                             mean(same, "held out", "averaged"), mean(same, "held out", "raw"),
-                             len(same)])
+        for schedule, other in (("one cycle", "no rise"), ("annihilated", "linear")):
+            with_rise, without = (pick(rows, "rise", 32, 25000, lr=lr, schedule=name)
+                                  for name in (schedule, other))
+            for name, same in ((schedule, with_rise), (other, without)):
+                if same:
+                    body.append([lr, NAMES[name], *(mean(same, *path) for path in columns),
+                                 len(same)])
+            seeds = sorted({row["seed"] for row in with_rise} & {row["seed"] for row in without})
+            if seeds:
+                body.append([lr, "gain of the rise", *(
+                    difference(*([values(same, path)[seed] for seed in seeds]
+                                 for same in (with_rise, without))) for path in columns),
+                    len(seeds)])
     return lines(["LRMAX", "schedule", "averaged", "raw", "held out, averaged", "held out, raw",
                   "n"], body)
 
