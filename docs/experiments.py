@@ -31,7 +31,7 @@ HERE = Path(__file__).parent
 RESULTS = HERE / "experiments.jsonl"
 RECIPE = {"optimizer": "muon", "schedule": "one cycle", "lr": 0.1, "epochs": 24, "start": 0.1,
           "end": 0.1, "smoothing": 0.0, "sharpness": 1.0, "decay": train.AVERAGE_DECAY,
-          "momentum": None, "weight_decay": 1e-3, "flip": "alternating", "others": 1}
+          "momentum": None, "weight_decay": 1e-3, "flip": "alternating", "others": 1, "share": None}
 
 
 def sgd(schedule, lr, **more):
@@ -71,6 +71,8 @@ PARTS = {
     "range": [make("one cycle", lr * factor) for factor in (1, 2, 1 / 2, 4, 1 / 4)
               for make, lr in ((muon, 0.1), (sgd, 0.2))]
     + [muon("one cycle", 0.1, start=share, end=share) for share in (1 / 3, 1 / 30)],
+    "share": [{"optimizer": optimizer, "share": share} for share in (1, 2 / 3, 1 / 2, 1 / 3)
+              for optimizer in ("muon", "sgd")],             # of the LRMAX that its seed finds
     # One constant of the recipe at a time.
     "recipe": [{}, {"smoothing": 0.1}, {"smoothing": 0.2}, {"decay": 0.995}, {"sharpness": 2.0},
                {"sharpness": 8.0}, {"flip": "coin"}, {"momentum": 0.9}, {"weight_decay": 0.0}],
@@ -127,9 +129,13 @@ def make_arms_optimizer(net, arm):
     return optimizer
 
 
-def run(arm, seed, loader, held_out, width, compiled):
+def run(arm, seed, loader, held_out, compiled):
     """Train an arm; return what it reached."""
-    net = make_model(loader.device, seed, len(loader.data.classes), width)
+    if arm["share"]:
+        start = train.set_up(loader, {"seed": seed, "optimizer": arm["optimizer"]})
+        found = train.find_lr_max(*start, loader, seed, Path("lr_range.png"))
+        arm = {**arm, "lr": arm["share"] * found.lr_max}
+    net = make_model(loader.device, seed, len(loader.data.classes), loader.data.width)
     average, raw = copy.deepcopy(net), copy.deepcopy(net)
     if compiled:
         net.compile()
@@ -148,7 +154,7 @@ def run(arm, seed, loader, held_out, width, compiled):
             raw.load_state_dict(net.state_dict())
             history.append((epoch + 1, train.accuracy(raw, loader.test()),
                             train.accuracy(average, loader.test())))
-    result = {"history": history, "loss": row["loss"], "raw": history[-1][1],
+    result = {"lr": arm["lr"], "history": history, "loss": row["loss"], "raw": history[-1][1],
               "averaged": history[-1][2],
               "flipped": train.accuracy(average, loader.test(), flip=True)}
     if held_out:
@@ -180,7 +186,8 @@ def main():
     everything = load(args.data, args.data_dir)
     images, labels = everything.train_images, everything.train_labels
     used = args.images or len(images)
-    data = everything._replace(train_images=images[:used], train_labels=labels[:used])
+    data = everything._replace(train_images=images[:used], train_labels=labels[:used],
+                               width=args.width)
     held_out = None
     if used <= len(images) - 10_000:
         held_out = Loader(data._replace(test_images=images[-10_000:], test_labels=labels[-10_000:]),
@@ -198,7 +205,7 @@ def main():
                 began, arm = time.time(), {**RECIPE, **arm}
                 loader = (CoinFlips if arm["flip"] == "coin" else Loader)(
                     data, 512, precision(device), device)
-                row |= run(arm, seed, loader, held_out, args.width, args.compile)
+                row |= run(arm, seed, loader, held_out, args.compile)
                 row["seconds"] = time.time() - began
                 print(f"{time.time() - start:6.0f} s  {part:10}{row['averaged']:8.2%}"
                       f"{row['raw']:8.2%}  seed {seed}  {row['arm']}", flush=True)
