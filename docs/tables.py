@@ -208,8 +208,8 @@ def lr_min(rows):
 
 def finders(rows):
     """The README's table: our rates, each package's, and a constant."""
-    shown = ("lr", "LRMAX / 3 of 100 steps", "LRMAX", "steepest", "fastai minimum / 10",
-             "torch-lr-finder, on our range", "Lightning")
+    shown = ("lr", "LRMAX", "steepest", "fastai minimum / 10", "torch-lr-finder, on our range",
+             "Lightning")
     (_, body), (_, small) = (range_test.summary(batch, shown) for batch in (32, 8))
     return lines(["finder", "mean regret", "of the worst pair", "mean at batch 8"],
                  [[*a[:3], b[1]] for a, b in zip(body, small)])
