@@ -6,8 +6,8 @@
 Each run trains by train.py's own `train_epoch`, and ends as one line of experiments.jsonl: accuracy
 on the test set, and, where the last 10,000 training images are not trained on, on those too ("held
 out": what rates are chosen by). Arms that stand there already are skipped, so the same command goes
-on after a break; all arms run with one seed, then with the next. docs/tables.py makes tables and
-pictures of the lines.
+on after a break; all arms run with one seed, then with the next. docs/tables.py and
+docs/figures.py make tables and pictures of the lines.
 
 On a CPU half the network on half of the images takes 9 minutes for 24 epochs on two cores of Zen 5:
 --width 32 --images 25000.
@@ -29,6 +29,7 @@ from onecycle import OneCycle, one_cycle
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "experiments.jsonl"
+COMMIT = "cdace6e"        # the first at which a seed draws the random numbers that it draws now
 RECIPE = {"optimizer": "muon", "schedule": "one cycle", "lr": 0.1, "epochs": 24, "start": 0.1,
           "end": 0.1, "smoothing": 0.0, "sharpness": 1.0, "decay": train.AVERAGE_DECAY,
           "momentum": None, "weight_decay": 1e-3, "flip": "alternating", "others": 1, "share": None}
@@ -134,7 +135,7 @@ def run(arm, seed, loader, held_out, compiled):
     if arm["share"]:
         start = train.set_up(loader, {"seed": seed, "optimizer": arm["optimizer"]})
         found = train.find_lr_max(*start, loader, seed, Path("lr_range.png"))
-        arm = {**arm, "lr": arm["share"] * found.lr_max}
+        arm = {**arm, "lr": arm["share"] * (found.lr_max if found else train.LR_MAX)}
     net = make_model(loader.device, seed, len(loader.data.classes), loader.data.width)
     average, raw = copy.deepcopy(net), copy.deepcopy(net)
     if compiled:
@@ -205,6 +206,7 @@ def main():
                 began, arm = time.time(), {**RECIPE, **arm}
                 loader = (CoinFlips if arm["flip"] == "coin" else Loader)(
                     data, 512, precision(device), device)
+                row["commit"] = COMMIT
                 row |= run(arm, seed, loader, held_out, args.compile)
                 row["seconds"] = time.time() - began
                 print(f"{time.time() - start:6.0f} s  {part:10}{row['averaged']:8.2%}"
@@ -225,7 +227,8 @@ def collect(folder, path):
             history = [(row["epoch"], row["raw"], row["averaged"]) for row in run["history"]]
             file.write(json.dumps({
                 "part": "headline", "arm": {"optimizer": run["optimizer"]}, "lr": run["lr_max"],
-                "seed": run["seed"], "width": 64, "images": None, "history": history,
+                "seed": run["seed"], "width": 64, "images": None, "commit": COMMIT,
+                "history": history,
                 "machine": torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU",
                 "raw": history[-1][1], "averaged": history[-1][2]}) + "\n")
 

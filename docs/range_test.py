@@ -14,7 +14,7 @@ Nothing is downloaded: the MLP learns what a random network says; the conv net, 
 ViT patterns in noise; the autoencoder blurred noise; the others Python's library, by the letter.
 
 The packages' own functions are called (pip install torch-lr-finder fastai lightning); what is not
-installed is left out. About 40 minutes on one core.
+installed is left out.
 """
 import argparse
 import contextlib

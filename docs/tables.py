@@ -101,7 +101,7 @@ def apart(rows, width, images):
                   "n"], body)
 
 
-def grid(rows, part, width, images, rates, arms, ndigits=2):
+def grid(rows, part, width, images, rates, arms):
     """Averaged / raw accuracy on held-out images, a column a rate."""
     body = []
     for name, arm in arms:
@@ -166,9 +166,10 @@ def lr_by_decay(rows):
                             ("one cycle, 0.001", "map", {"weight_decay": 1e-3}),
                             ("one cycle, 0.004", "map", {"weight_decay": 4e-3}),
                             ("no rise, 0.001", "map no rise", {})):
-        body.append([name] + [f"{mean(same, 'averaged', digits=1)} / {mean(same, 'raw', digits=1)}"
-                              if (same := pick(rows, part, 32, 12500, lr=rate, **arm)) else ""
-                              for rate in rates])
+        cells = [f"{mean(same, 'averaged', digits=1)} / {mean(same, 'raw', digits=1)}"
+                 if (same := pick(rows, part, 32, 12500, lr=rate, **arm)) else "" for rate in rates]
+        if any(cells):
+            body.append([name, *cells])
     return lines(["schedule, weight decay", *(f"LRMAX {rate}" for rate in rates)], body)
 
 
