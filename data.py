@@ -1,4 +1,4 @@
-"""CIFAR-10 as bytes on the GPU, a hundred batches augmented by one launch of a kernel.
+"""CIFAR-10 stays on the GPU as bytes; one launch of a kernel augments a hundred batches.
 
 The training set is 50,000 x 32 x 32 x 3 bytes = 154 MB. It fits on any GPU, so it goes there once,
 as uint8, and stays. A table of random numbers, one row per image, then determines each epoch:
@@ -110,15 +110,15 @@ if triton:
         index = tl.load(draws).to(tl.int64)
         top, left, flip = tl.load(draws + 1), tl.load(draws + 2), tl.load(draws + 3)
         cut_y, cut_x = tl.load(draws + 4), tl.load(draws + 5)
-        tl.assume((top >= 0) & (top <= 2 * PAD))   # rows 4 .. 27 then need no reflection
+        tl.assume((top >= 0) & (top <= 2 * PAD))   # the compiler may then skip some reflections
         # The image is read once, in memory order, 16 bytes per thread. Crop and flip then pick from
         # what was read: a gather in shared memory, which is fast in any order. Everything is one
         # vector; lengths must be powers of two, so its last quarter is masked.
         i = tl.arange(0, 4 * SIZE * SIZE)                             # (4096,)
         inside = i < 3 * SIZE * SIZE
         picture = tl.load(images + index * (SIZE * SIZE * 3) + i, mask=inside)
-        # From here on i only numbers the results, in a convenient order: places 0 .. 31 of rows 0,
-        # 1, ..., 31, then places 32 .. 63, then the rest, so that / and % become shifts.
+        # From here on, i is just the number of a result. Their order is convenient: places 0 .. 31
+        # of rows 0, 1, ..., 31, then places 32 .. 63, then the rest, so / and % become shifts.
         row, place = i // SIZE % SIZE, i // (SIZE * SIZE) * SIZE + i % SIZE
         column, channel = place // 3, place % 3
         y = tl.abs(row + top - PAD)                                   # reflect, as above
@@ -131,13 +131,13 @@ if triton:
         colour = tl.where(channel == 0, red, tl.where(channel == 1, green, blue))
         red, green, blue = tl.load(inverse_std), tl.load(inverse_std + 1), tl.load(inverse_std + 2)
         scale = tl.where(channel == 0, red, tl.where(channel == 1, green, blue))
-        # The cutout is a scale of 0: one `where` for rows, one for columns. fma(x, scale, 0.0) is
-        # x * scale, except that -0.0, a dark pixel times 0, becomes 0.0 as in plain torch.
+        # The cutout is a scale of 0: one `where` for rows, one for columns. The fma adds nothing, so
+        # it rounds as a product does; but -0.0, a dark pixel times 0, becomes 0.0 as in torch.
         cut_row, cut_column = row - cut_y + CUT // 2, column - cut_x + CUT // 2
         cut = tl.where((cut_column >= 0) & (cut_column < CUT), 0.0, scale)
         scale = tl.where((cut_row >= 0) & (cut_row < CUT), cut, scale)
         value = tl.fma(pixel - colour, scale, 0.0)
-        target = out + image * (SIZE * SIZE * 3) + (column * 3 + channel)
+        target = out + image * (SIZE * SIZE * 3) + place
         tl.store(target + row * (SIZE * 3), value.to(out.dtype.element_ty), mask=inside)
 
 

@@ -12,7 +12,7 @@ watches the accuracy):
 
     sweep    lr_k = lr_start * (lr_end / lr_start) ^ (k / (steps - 1)),    k = 0 .. steps - 1
     LRMAX    the rate at the minimum of the smoothed curve before the first rise of more than 15 %
-             of the whole fall, and beyond the noise; the last one where noise leaves a choice
+             of the whole fall, and beyond the noise; if noise leaves several, the last of them
     lr       LRMAX / 2, the peak to train with
     LRMIN    LRMAX / 10, where a cycle up to LRMAX starts (Smith, arXiv 1803.09820, section 4.1)
 
@@ -69,9 +69,9 @@ class Curve(NamedTuple):
 
 class Suggestion(NamedTuple):
     """The learning rates that `suggest` read off a curve."""
-    lr: float                 # the peak to train with
+    lr: float                 # half of the limit: the peak to train with, after 400 steps
     lr_max: float             # the limit
-    lr_min: float             # a tenth of the limit
+    lr_min: float             # a tenth of the limit, where a cycle up to it starts and ends
     steepest: float
 
 
@@ -81,15 +81,15 @@ def range_test(model, optimizer, loss, batches, *, lr_start=LR_START, lr_end=LR_
                autocast=contextlib.nullcontext, scaler=None):
     """Train on `batches` with a growing learning rate and return the Curve; restore everything.
 
-    model: any nn.Module; optimizer: its own; loss(outputs, labels) -> scalar; batches: an iterable
-    of (inputs, labels), restarted when exhausted: all exactly as in training. autocast and scaler
-    (a GradScaler) are for mixed precision. Everything in a batch, however nested, is moved to the
-    model's device. Under DistributedDataParallel all ranks call this; the loss is their mean.
+    All arguments as in training: model, any nn.Module; its optimizer; loss(outputs, labels), a
+    scalar; batches, an iterable of (inputs, labels), restarted when exhausted; autocast, a context,
+    and scaler, a GradScaler, for mixed precision. Everything in a batch, however nested, is moved
+    to the model's device. Under DistributedDataParallel all ranks call this; the loss is their mean.
 
     Point k is the loss of batch k *before* the step with lr_k. lr_k applies to the parameter group
     with the largest rate; the others keep their ratio to it. A model in training mode keeps the
     mode of each layer, so frozen ones stay frozen. The sweep ends early when LRMAX has been passed
-    (see `enough`), when the loss is not finite (and is left out), or when a generator is exhausted.
+    (see `enough`), when the loss is not finite (and is dropped), or when a generator is exhausted.
     ValueError: an impossible sweep or optimizer. TypeError: batches that are not pairs; wrap these:
 
         class Loss(torch.nn.Module):                      # for batches of any form: here, dicts
@@ -104,7 +104,7 @@ def range_test(model, optimizer, loss, batches, *, lr_start=LR_START, lr_end=LR_
     if not 0 < lr_start < lr_end or steps < 2:
         raise ValueError("a sweep needs 0 < lr_start < lr_end and at least 2 steps")
     if isinstance(optimizer, torch.optim.LBFGS):
-        raise ValueError("LBFGS searches each step's length itself: it has no rate to test")
+        raise ValueError("LBFGS computes the loss several times a step: test another optimizer")
     groups = optimizer.param_groups
     # A warm-up scheduler may have zeroed the rates; it stores the originals in initial_lr.
     rates = [float(group.get("initial_lr", group["lr"])) for group in groups]
@@ -189,7 +189,7 @@ def suggest(curve):
         elif (start - smoothed[best] > fall / 2
               and value - smoothed[best] > max(RISE * fall, SIGNIFICANT * sigma)):
             break
-    else:
+    else:                                                 # else k is where the clear rise begins
         raise not_found("the loss falls to the end of the sweep", "raise its highest learning rate")
     if best < FEWEST // 2:                                # `start` was measured after the minimum
         raise not_found("the loss only rises", "start the sweep lower")
@@ -233,7 +233,7 @@ def noise(losses):
 
 
 def noise_of_smoothed(losses):
-    """The same after `smooth`, which leaves about 3 / (4 (half + 1)) of the variance."""
+    """That of the smoothed curve: `smooth` leaves about 3 / (4 (half + 1)) of the variance."""
     return noise(losses) * math.sqrt(0.75 / (half_window(len(losses)) + 1))
 
 

@@ -101,15 +101,15 @@ def orthogonal(matrix, dtype=torch.float32):
 class Muon(torch.optim.Optimizer):
     """SGD with Nesterov momentum, whose step is made orthogonal for some of the weights:
 
-        v <- mu v + g                                    g the gradient, v its momentum
-        w <- w - lr (g + mu v)                           SGD; g includes the weight decay
+        v <- mu v + g                                    g the gradient (SGD: + decay w)
+        w <- w - lr (g + mu v)                           SGD
         w <- w sqrt(n) / |w| - lr orthogonal(g + mu v)   groups with orthogonal=True, n rows
 
     A gradient is large in a few directions, those in which the loss is steep. SGD hardly moves in
     the others; an orthogonal step goes about equally far in all. Batch normalisation behind a
     convolution cancels any rescaling of its weights, so their norm is not decayed but fixed, at
     sqrt(n). That is the norm of n orthonormal rows, too: a step is about lr times as large as the
-    weights. (The first convolution has 64 rows of 27: there it is sqrt(27 / 64) of that.)
+    weights.
 
         Muon([{"params": convolutions, "orthogonal": True}, {"params": others}], 0.1, 0.6, 1e-3)
 
@@ -122,7 +122,7 @@ class Muon(torch.optim.Optimizer):
     def __init__(self, params, lr, momentum, weight_decay, dtype=torch.float32):
         super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay,
                                   "orthogonal": False,
-                                  "capturable": True})       # reads no value back: see make_step
+                                  "capturable": True})       # no value is read back: see train.py
         self.dtype = dtype
 
     @torch.no_grad()

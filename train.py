@@ -57,7 +57,7 @@ def train(loader, settings, out, checkpoint=None):
         found = find_lr_max(net, optimizer, scaler, loader, seed, out / "lr_range.png")
         settings["lr_max"] = found.lr_max if found else LR_MAX
     total = epochs * len(loader)
-    schedule = OneCycle(optimizer, total, min(round(total * PEAK), total - 1), settings["lr_max"])
+    schedule = OneCycle(optimizer, total, round(total * PEAK), settings["lr_max"])
     step = make_step(net, optimizer, scaler)
     print_header(schedule, total, settings, out, history)
 
@@ -88,8 +88,8 @@ def train_epoch(net, average, step, schedule, loader, seed, epoch):
         lr = schedule.set(k)
         loss, hits = step(inputs, labels)                # forward, backward, optimizer
         update_average(average, net, k)                  # a <- d a + (1 - d) w
-        loss_sum += loss                                 # stay on the GPU: reading them would make
-        correct += hits                                  # Python wait for it, then it for Python
+        loss_sum += loss                                 # not read here: Python would wait for the
+        correct += hits                                  # GPU, and then the GPU for Python
     images, loss = len(loader) * loader.batch_size, float(loss_sum) / len(loader)
     seconds = time.time() - start
     return {"epoch": epoch + 1, "lr": lr, "loss": loss, "train": int(correct) / images,
@@ -110,8 +110,8 @@ def make_step(net, optimizer, scaler, loss_function=nll_loss):
         scaler.update()
         return loss.detach(), (log_probabilities.argmax(1) == labels).sum()
 
-    # A graph cannot stop to read a value back: neither whether fp16 overflowed, which the scaler
-    # must know, nor the learning rate, which torch's optimizers read unless fused or capturable.
+    # A graph cannot stop to read a value back. The scaler must read whether fp16 overflowed, and
+    # torch's optimizers read the learning rate, unless they are fused or capturable.
     stays_on_gpu = optimizer.defaults.get("fused") or optimizer.defaults.get("capturable")
     if device.type != "cuda" or scaler.is_enabled() or not stays_on_gpu:
         return step
@@ -157,8 +157,8 @@ def measure_statistics(average, loader, seed, epoch):
     """Measure BatchNorm's means and variances under the averaged weights.
 
     No batch has run through these weights yet. update_bn forgets the old statistics, and averages
-    over the batches that it is given. Izmailov et al., arXiv 1803.05407, take all training images;
-    a tenth is enough.
+    over the batches that it is given: here a tenth of the images; all of them in Izmailov et al.,
+    arXiv 1803.05407.
     """
     sample = islice(loader.epoch(seed, epoch), math.ceil(SAMPLE / loader.batch_size))
     with autocast(loader.device):
@@ -489,7 +489,7 @@ def main(only_search=False):
     except torch.OutOfMemoryError:
         sys.exit("error: the GPU's memory is full: try a smaller --batch-size")
     except OSError as error:
-        sys.exit(f"error: {error}" + ("" if only_search else "; name another folder with --out"))
+        sys.exit(f"error: {error}" + ("" if only_search else "; --out DIR starts a run elsewhere"))
 
 
 if __name__ == "__main__":

@@ -20,7 +20,8 @@ import time
 from pathlib import Path
 
 import torch
-from torch.nn.functional import cross_entropy
+from torch import nn
+from torch.nn.functional import cross_entropy, unfold
 
 import train
 from data import FLIP, INDEX, Loader, draw_epoch, load
@@ -32,7 +33,8 @@ RESULTS = HERE / "experiments.jsonl"
 COMMIT = "cdace6e"        # the first at which a seed draws the random numbers that it draws now
 RECIPE = {"optimizer": "muon", "schedule": "one cycle", "lr": 0.1, "epochs": 24, "start": 0.1,
           "end": 0.1, "smoothing": 0.0, "sharpness": 1.0, "decay": train.AVERAGE_DECAY,
-          "momentum": None, "weight_decay": 1e-3, "flip": "alternating", "others": 1, "share": None}
+          "momentum": None, "weight_decay": 1e-3, "flip": "alternating", "share": None,
+          "fc": 1, "norms": 1, "start_from": None, "ghost": None}
 
 
 def sgd(schedule, lr, **more):
@@ -42,6 +44,8 @@ def sgd(schedule, lr, **more):
 def muon(schedule, lr, **more):
     return {"optimizer": "muon", "schedule": schedule, "lr": lr, **more}
 
+
+MAP_RATES = (0.2, 0.8, 0.05, 0.4, 0.1, 1.6)
 
 # What differs from RECIPE, an arm a line. SGD's rate 0.2 and Muon's 0.1 are about what the range
 # test finds; the other schedules take the best of the rates that `rates` tried.
@@ -56,18 +60,26 @@ PARTS = {
     "rates": [make(schedule, lr * factor) for make, lr in ((muon, 0.1), (sgd, 0.2))
               for schedule, factors in (("constant", (1 / 8, 1 / 4, 1 / 2, 1)),
                                         ("steps", (1 / 4, 1 / 2, 1, 2))) for factor in factors],
-    # What the rise buys, and at which rates: the same falls with and without it.
+    # What the rise buys: with it, and straight down from LRMAX.
     "rise": [sgd(schedule, lr) for lr in (0.2, 0.4, 0.1)
              for schedule in ("one cycle", "no rise", "annihilated", "linear")],
     "cosine": [sgd("cosine", lr) for lr in (0.2, 0.4, 0.1)],
     "momentum": [sgd("one cycle", 0.2, momentum="0.95 .. 0.85")],
     # How many epochs one is worth in those of the other.
-    "budget": [sgd(schedule, lr, epochs=epochs) for epochs in (12, 6, 48) for lr in (0.2, 0.4, 0.1)
-               for schedule in ("one cycle", "annihilated", "linear")],
-    # LRMAX against weight decay, and without the rise: with --width 32 --images 12500.
-    "map": [sgd("one cycle", lr, epochs=12, weight_decay=decay) for decay in (1e-3, 2.5e-4, 4e-3)
-            for lr in (0.2, 0.8, 0.05, 0.4, 0.1, 1.6)],
-    "map no rise": [sgd("no rise", lr, epochs=12) for lr in (0.2, 0.8, 0.05, 0.4, 0.1, 1.6)],
+    "budget": [sgd(schedule, lr, epochs=epochs) for epochs in (24, 6, 48) for schedule, rates in
+               (("one cycle", (0.8, 0.4)), ("linear", (0.2, 0.4))) for lr in rates],
+    # Short runs, with --width 32 --images 12500 as the budgets above: what rates train with a rise
+    # and without one, and LRMAX against weight decay.
+    "map": [sgd("one cycle", lr, epochs=12, weight_decay=1e-3) for lr in MAP_RATES],
+    "map, other decays": [sgd("one cycle", lr, epochs=12, weight_decay=decay)
+                          for decay in (2.5e-4, 4e-3) for lr in MAP_RATES],
+    "map no rise": [sgd("no rise", lr, epochs=12) for lr in MAP_RATES],
+    "map linear": [sgd("linear", lr, epochs=12) for lr in (0.2, 0.8, 0.4)],
+    "map annihilated": [sgd("annihilated", lr, epochs=12) for lr in (0.8, 0.4, 0.2)],
+    "map warm-up": [sgd("warm-up", lr, epochs=12) for lr in (0.8, 0.2)],
+    # Where images are few: with --width 32, and --images 5000, 12500, 25000.
+    "few images": [sgd(schedule, lr, epochs=12) for lr in (0.4, 0.8, 0.2)
+                   for schedule in ("one cycle", "steps")],
     # What the range test's answer is worth: shares of LRMAX, and other LRMIN.
     "range": [make("one cycle", lr * factor) for factor in (1, 2, 1 / 2, 4, 1 / 4)
               for make, lr in ((muon, 0.1), (sgd, 0.2))]
@@ -77,7 +89,14 @@ PARTS = {
     # One constant of the recipe at a time.
     "recipe": [{}, {"smoothing": 0.1}, {"smoothing": 0.2}, {"decay": 0.995}, {"sharpness": 2.0},
                {"sharpness": 8.0}, {"flip": "coin"}, {"momentum": 0.9}, {"weight_decay": 0.0}],
-    "others": [{"others": ratio} for ratio in (8, 1, 4, 16)],
+    # What has never been tuned: the rates of what Muon leaves to SGD (the last layer, and the scales
+    # and biases of the normalisation), as multiples of the convolutions'; where the weights start;
+    # how many images batch statistics are of; larger last steps.
+    "choices": [{}, {"fc": 8, "norms": 8}, {"fc": 8}, {"norms": 8},
+                {"fc": 8, "norms": 8, "weight_decay": 1.25e-4}, {"start_from": "identity"},
+                {"start_from": "patches"}, {"start_from": "patches, frozen"}, {"ghost": 128},
+                {"momentum": "0.6 .. 0.85"}, {"decay": 0.995, "lr": 0.125},
+                {"decay": 0.998, "lr": 0.125}, {"fc": 8, "norms": 8, "smoothing": 0.2}],
 }
 
 
@@ -100,14 +119,17 @@ class Schedule(OneCycle):
             return lr * left
         if schedule == "cosine":
             return lr * (1 - math.cos(math.pi * left)) / 2
+        peak = self.total // 24 if schedule == "warm-up" else self.cycle[1]
         end = 0 if schedule == "annihilated" else self.arm["end"]
-        return one_cycle(step, self.total, self.cycle[1], lr, self.arm["start"], end)
+        return one_cycle(step, self.total, peak, lr, self.arm["start"], end)
 
     def set(self, step):
-        lr = super().set(step)
-        if self.arm["momentum"] == "0.95 .. 0.85":       # Smith's: it falls as the rate rises
-            for group in self.optimizer.param_groups:
+        lr, momentum = super().set(step), self.arm["momentum"]
+        for group in self.optimizer.param_groups:
+            if momentum == "0.95 .. 0.85":               # Smith's: it falls as the rate rises
                 group["momentum"] = 0.95 - 0.1 * (lr / self.arm["lr"] - 0.1) / 0.9
+            if momentum == "0.6 .. 0.85":                # it rises in the last quarter
+                group["momentum"] = 0.6 + max(step / self.total - 3 / 4, 0)
         return lr
 
 
@@ -121,12 +143,44 @@ class CoinFlips(Loader):
         return self.batches(self.train_images, self.train_labels, draws, self.batch_size)
 
 
+class GhostNorm(nn.BatchNorm2d):
+    """Batch normalisation of 128 images at a time (Hoffer et al., arXiv 1705.08741)."""
+
+    def forward(self, x):
+        return torch.cat([super(GhostNorm, self).forward(part) for part in x.split(128)])
+
+
+@torch.no_grad()
+def change(net, arm, images):
+    """Set the arm's initial weights and batch statistics."""
+    if arm["start_from"] == "identity":      # the first filters of the widening convolutions
+        for convolution in (net.layer1[0][0], net.layer2[0], net.layer3[0][0]):
+            nn.init.dirac_(convolution.weight[:convolution.in_channels])
+    elif arm["start_from"]:                  # 3 x 3 patches' eigenvectors, with both signs
+        weight = net.prep[0].weight
+        patches = unfold(images[:1000].permute(0, 3, 1, 2) / 255, 3)               # (1000, 27, 900)
+        vectors = torch.linalg.eigh(torch.cov(patches.transpose(0, 1).flatten(1))).eigenvectors.T
+        largest = vectors.flip(0)[:min(20, len(weight) // 2)].view(-1, 3, 3, 3)
+        weight[:2 * len(largest)] = torch.cat([largest, -largest])
+        weight.requires_grad = arm["start_from"] != "patches, frozen"
+    for module in net.modules():
+        if arm["ghost"] and isinstance(module, nn.BatchNorm2d):
+            module.__class__ = GhostNorm
+
+
 def make_arms_optimizer(net, arm):
     optimizer = make_optimizer(net, arm["optimizer"], arm["lr"])
+    if arm["optimizer"] == "muon":           # the last layer gets a group of its own
+        norms, last = optimizer.param_groups[1], [*net.fc.parameters()]
+        norms["params"] = [w for w in norms["params"] if not any(w is v for v in last)]
+        norms["lr"] *= arm["norms"]
+        optimizer.add_param_group({"params": last, "lr": arm["lr"] * arm["fc"]})
     for group in optimizer.param_groups:
         group["weight_decay"] = arm["weight_decay"]
         if isinstance(arm["momentum"], float):
             group["momentum"] = arm["momentum"]
+    if isinstance(arm["momentum"], str):     # a graph would freeze it: no graph
+        optimizer.defaults.update(fused=False, capturable=False)
     return optimizer
 
 
@@ -137,13 +191,12 @@ def run(arm, seed, loader, held_out, compiled):
         found = train.find_lr_max(*start, loader, seed, Path("lr_range.png"))
         arm = {**arm, "lr": arm["share"] * (found.lr_max if found else train.LR_MAX)}
     net = make_model(loader.device, seed, len(loader.data.classes), loader.data.width)
+    change(net, arm, loader.data.train_images)
     average, raw = copy.deepcopy(net), copy.deepcopy(net)
     if compiled:
         net.compile()
     optimizer = make_arms_optimizer(net, arm)
-    if arm["others"] != 1:                   # the rate of what Muon leaves to SGD, x so much
-        optimizer.param_groups[0]["lr"] = optimizer.param_groups[1]["lr"] / arm["others"]
-        arm = {**arm, "lr": arm["lr"] * arm["others"]}
+    arm = {**arm, "lr": arm["lr"] * max(1, arm["fc"], arm["norms"])}       # the largest group's
     step = train.make_step(net, optimizer, make_scaler(loader.device), lambda log_p, labels: (
         cross_entropy(log_p * arm["sharpness"], labels, label_smoothing=arm["smoothing"])))
     train.AVERAGE_DECAY, epochs = arm["decay"], arm["epochs"]

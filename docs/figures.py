@@ -3,6 +3,8 @@
     img/schedule.png      the cycle, with and without annihilation
     img/augmented.png     each step of the augmentation, then three epochs (of CIFAR-10)
     img/experiment.png    schedules against epochs, from experiments.jsonl
+    img/rates.png         LRMAX, with and without the rise, and against weight decay, from the same
+    img/budget.png        accuracy against epochs, short runs and full size, from the same
 """
 import argparse
 from pathlib import Path
@@ -13,8 +15,8 @@ from matplotlib.figure import Figure
 
 from data import (CUT_X, CUT_Y, FLIP, INDEX, LEFT, PAD, SIZE, TOP, augment, draw_epoch, load,
                   normalisation, plain_draws)
-from docs.experiments import read
-from docs.tables import NAMES, pick
+from docs.experiments import MAP_RATES, read
+from docs.tables import BUDGETS, DECAYS, NAMES, budget_rows, map_cell, pick
 from onecycle import one_cycle
 
 IMG = Path(__file__).parent.parent / "img"
@@ -96,6 +98,73 @@ def experiment(rows):
     return figure
 
 
+def rates(rows):
+    """Short runs of many LRMAX: with and without the rise on the left, with decays on the right."""
+    figure = new_figure(9, 3.6)
+    left, right = figure.subplots(1, 2, width_ratios=(3, 2))
+    for part, schedule, colour in (("map", "one cycle", "tab:blue"),
+                                   ("map no rise", "no rise", "tab:orange"),
+                                   ("map linear", "linear", "tab:green")):
+        for key, style in (("averaged", "-"), ("raw", "--")):
+            found = {lr: [100 * row[key] for row in pick(rows, part, 32, 12500, lr=lr)]
+                     for lr in MAP_RATES}
+            x = sorted(lr for lr in found if found[lr])
+            left.plot(x, [np.mean(found[lr]) for lr in x], style, color=colour, marker=".",
+                      label=f"{NAMES[schedule]}, {key}")
+            left.fill_between(x, [min(found[lr]) for lr in x], [max(found[lr]) for lr in x],
+                              color=colour, alpha=0.15, linewidth=0)
+    left.set(xscale="log", xlabel="LRMAX", ylabel="accuracy on the test set in %",
+             title="with and without the rise")
+    left.set_xticks(sorted(MAP_RATES), sorted(MAP_RATES))
+    left.minorticks_off()
+    left.legend(fontsize="small", frameon=False)
+    grid = np.array([[np.mean([100 * row["averaged"] for row in map_cell(rows, decay, lr)] or np.nan)
+                      for lr in sorted(MAP_RATES)] for decay in DECAYS])           # (3, 6)
+    right.imshow(grid, aspect="auto", origin="lower", cmap="viridis", vmin=np.nanmax(grid) - 8)
+    for (y, x), value in np.ndenumerate(grid):
+        right.text(x, y, f"{value:.1f}", ha="center", va="center",
+                   color="white" if value < np.nanmax(grid) - 4 else "black")
+    right.set_xticks(range(len(MAP_RATES)), sorted(MAP_RATES))
+    right.set_yticks(range(len(DECAYS)), DECAYS)
+    right.set(xlabel="LRMAX", ylabel="weight decay", title="one cycle, averaged weights")
+    return figure
+
+
+PAGE = {24: 93.92, 40: 94.71, 60: 95.15, 80: 95.20, 100: 95.30}    # cifar10-fast, bag_of_tricks
+
+
+def budget(rows):
+    """Accuracy against epochs: short runs on the left, full size and Page's runs on the right."""
+    figure = new_figure(9, 3.6)
+    left, right = figure.subplots(1, 2)
+    for schedule, colour in (("one cycle", "tab:blue"), ("linear", "tab:green")):
+        for key, style in (("averaged", "-"), ("raw", "--")):
+            found = {epochs: [100 * row[key] for row in budget_rows(rows, schedule, epochs)]
+                     for epochs in BUDGETS}
+            x = [epochs for epochs in BUDGETS if found[epochs]]
+            left.errorbar(x, [np.mean(found[n]) for n in x], [np.std(found[n]) for n in x],
+                          color=colour, linestyle=style, marker=".", capsize=3,
+                          label=f"{NAMES[schedule]}, {key}")
+    right.plot(PAGE.keys(), PAGE.values(), "-", marker=".", color="tab:green",
+               label="Page: rise, fall to zero, stronger cutout")
+    steps = {len_: 100 * np.mean([row["averaged"] for row in pick(rows, part, schedule="steps")])
+             for part, len_ in (("sgd", 24), ("sgd-48", 48), ("sgd-120", 120))}
+    right.plot(steps.keys(), steps.values(), "-", marker=".", color="tab:orange", label="step decay")
+    for part, name, marker in (("sgd", "one cycle, SGD, averaged", "o"),
+                               ("headline", "one cycle, Muon, averaged", "*")):
+        same = pick(rows, part, schedule="one cycle") or pick(rows, part)
+        right.plot(24, 100 * np.mean([row["averaged"] for row in same]), marker, color="tab:blue",
+                   markersize=9, label=name)
+    for ax, ticks, title in ((left, BUDGETS, "short runs, SGD"), (right, (24, 48, 100), "full size")):
+        ax.set(xscale="log", xlabel="epochs", title=title)
+        ax.set_xticks(ticks, ticks)
+        ax.minorticks_off()
+        ax.grid(axis="y", alpha=0.3)
+        ax.legend(fontsize="small", frameon=False)
+    left.set(ylabel="accuracy on the test set in %")
+    return figure
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--data-dir", default="data")
@@ -103,6 +172,8 @@ def main():
     schedule().savefig(IMG / "schedule.png", dpi=110)
     augmented(load("cifar10", args.data_dir)).savefig(IMG / "augmented.png", dpi=100)
     experiment(read()).savefig(IMG / "experiment.png", dpi=100)
+    rates(read()).savefig(IMG / "rates.png", dpi=100)
+    budget(read()).savefig(IMG / "budget.png", dpi=100)
 
 
 if __name__ == "__main__":

@@ -5,17 +5,20 @@
 
 ± is the standard deviation over runs; that of a difference is its standard error.
 """
+import functools
+import itertools
 import re
 import statistics
 from pathlib import Path
 
 from docs import range_test
-from docs.experiments import read
+from docs.experiments import MAP_RATES, read
 
 HERE = Path(__file__).parent
 PAGES = HERE.parent / "README.md", HERE / "measurements.md"
 NAMES = {"one cycle": "one cycle", "annihilated": "one cycle to zero", "constant": "constant",
-         "steps": "step decay", "no rise": "no rise, to LRMIN", "linear": "no rise, to zero"}
+         "steps": "step decay", "no rise": "no rise, to LRMIN", "linear": "no rise, to zero",
+         "warm-up": "a short rise"}
 
 
 def pick(rows, part, width=64, images=None, **arm):
@@ -131,46 +134,92 @@ def recipe(rows):
     return lines(["", "averaged", "raw", "n", "gain, on the same seeds"], body)
 
 
+def gain(a, b, *path):
+    """The difference between the rows a and b of the same seeds, as text; "" where there are none."""
+    a, b = ({row["seed"]: functools.reduce(dict.get, path, row) for row in rows} for rows in (a, b))
+    seeds = sorted(a.keys() & b.keys())
+    return difference([a[seed] for seed in seeds], [b[seed] for seed in seeds]) if seeds else ""
+
+
 def rise(rows):
     """With and without the rise, half size: means, and the paired difference to the cycle."""
-    columns = ("averaged",), ("raw",), ("held out", "averaged"), ("held out", "raw")
-
-    def values(same, path):
-        same = {row["seed"]: row for row in same}
-        return {seed: row[path[0]][path[1]] if path[1:] else row[path[0]]
-                for seed, row in same.items()}
-
-    body = []
+    columns, body = (("averaged",), ("raw",), ("held out", "averaged"), ("held out", "raw")), []
     for lr in (0.1, 0.2, 0.4):
         for schedule, other in (("one cycle", "no rise"), ("annihilated", "linear")):
-            with_rise, without = (pick(rows, "rise", 32, 25000, lr=lr, schedule=name)
-                                  for name in (schedule, other))
-            for name, same in ((schedule, with_rise), (other, without)):
+            pair = [pick(rows, "rise", 32, 25000, lr=lr, schedule=name)
+                    for name in (schedule, other)]
+            for name, same in zip((schedule, other), pair):
                 if same:
                     body.append([lr, NAMES[name], *(mean(same, *path) for path in columns),
                                  len(same)])
-            seeds = sorted({row["seed"] for row in with_rise} & {row["seed"] for row in without})
-            if seeds:
-                body.append([lr, "gain of the rise", *(
-                    difference(*([values(same, path)[seed] for seed in seeds]
-                                 for same in (with_rise, without))) for path in columns),
-                    len(seeds)])
+            if all(pair):
+                body.append([lr, "gain of the rise", *(gain(*pair, *path) for path in columns),
+                             min(map(len, pair))])
     return lines(["LRMAX", "schedule", "averaged", "raw", "held out, averaged", "held out, raw",
                   "n"], body)
 
 
-def lr_by_decay(rows):
-    """The map: averaged / raw accuracy over LRMAX and weight decay."""
-    body, rates = [], (0.05, 0.1, 0.2, 0.4, 0.8, 1.6)
-    for name, part, arm in (("one cycle, 0.00025", "map", {"weight_decay": 2.5e-4}),
-                            ("one cycle, 0.001", "map", {"weight_decay": 1e-3}),
-                            ("one cycle, 0.004", "map", {"weight_decay": 4e-3}),
-                            ("no rise, 0.001", "map no rise", {})):
-        cells = [f"{mean(same, 'averaged', digits=1)} / {mean(same, 'raw', digits=1)}"
-                 if (same := pick(rows, part, 32, 12500, lr=rate, **arm)) else "" for rate in rates]
-        if any(cells):
-            body.append([name, *cells])
-    return lines(["schedule, weight decay", *(f"LRMAX {rate}" for rate in rates)], body)
+def short_runs(rows):
+    """Averaged / raw accuracy with and without the rise, a column an LRMAX."""
+    arms, body = (("map", "one cycle"), ("map no rise", "no rise"),
+                  ("map warm-up", "warm-up"), ("map annihilated", "annihilated"),
+                  ("map linear", "linear")), []
+    cells = {part: [pick(rows, part, 32, 12500, lr=lr) for lr in sorted(MAP_RATES)]
+             for part, _ in arms}
+    for part, schedule in arms:
+        body.append([NAMES[schedule], *(f"{mean(same, 'averaged', digits=1)} / "
+                                        f"{mean(same, 'raw', digits=1)}" if same else ""
+                                        for same in cells[part])])
+    for key, a, b, name in (("averaged", "map", "map no rise", "to LRMIN, averaged"),
+                            ("raw", "map annihilated", "map linear", "to zero, raw")):
+        body.append([f"gain of the rise, {name}", *map(
+            gain, cells[a], cells[b], itertools.repeat(key))])
+    body.append(["n", *(", ".join(str(len(cells[part][k])) for part, _ in arms)
+                        for k in range(len(MAP_RATES)))])
+    return lines(["schedule", *(f"LRMAX {lr}" for lr in sorted(MAP_RATES))], body)
+
+
+def map_cell(rows, decay, lr):
+    """The short runs of one cycle with this weight decay and LRMAX."""
+    return [row for part in ("map", "map, other decays")
+            for row in pick(rows, part, 32, 12500, lr=lr, weight_decay=decay)]
+
+
+def decays(rows):
+    """The map: averaged / raw accuracy over LRMAX and weight decay, seed 0."""
+    body = []
+    for decay in DECAYS:
+        cells = [[row for row in map_cell(rows, decay, lr) if row["seed"] == 0]
+                 for lr in sorted(MAP_RATES)]
+        body.append([f"{decay:g}", *(f"{mean(same, 'averaged', digits=1)} / "
+                                     f"{mean(same, 'raw', digits=1)}" if same else ""
+                                     for same in cells)])
+    return lines(["weight decay", *(f"LRMAX {lr}" for lr in sorted(MAP_RATES))], body)
+
+
+def budget_rows(rows, schedule, epochs):
+    """The short runs of a schedule, of the rate that is the best on held-out images, seed 0."""
+    name = {"one cycle": "map", "linear": "map linear"}[schedule] if epochs == 12 else "budget"
+    more = {} if epochs == 12 else {"epochs": epochs, "schedule": schedule}
+    rates = {lr: pick(rows, name, 32, 12500, lr=lr, **more) for lr in MAP_RATES}
+    first = {lr: row["held out"]["averaged"] for lr, same in rates.items() for row in same
+             if row["seed"] == 0}
+    return rates[max(first, key=first.get)] if first else []
+
+
+def budget(rows):
+    """Epochs of one cycle and of a fall from LRMAX to zero, each at its best rate."""
+    body = []
+    for epochs in BUDGETS:
+        pair = [budget_rows(rows, schedule, epochs) for schedule in ("one cycle", "linear")]
+        for same in pair:
+            if same:
+                body.append([epochs, NAMES[same[0]["arm"]["schedule"]], same[0]["arm"]["lr"],
+                             mean(same, "averaged"), mean(same, "raw"), len(same)])
+        if all(pair):
+            body.append([epochs, "difference", "", gain(*pair, "averaged"), gain(*pair, "raw"),
+                         min(map(len, pair))])
+    return lines(["epochs", "schedule", "LRMAX", "averaged", "raw", "n"], body)
 
 
 def ladder(rows):
@@ -181,7 +230,7 @@ def ladder(rows):
     gain = statistics.mean(a) - statistics.mean(b)
     error = (statistics.variance(a) / len(a) + statistics.variance(b) / len(b)) ** 0.5
     return lines(["", "accuracy in %", "n", "gain", "how"], [
-        ["the above with SGD; raw weights", mean(plain, "raw"), len(plain), "",
+        ["the above with SGD, LRMAX 0.2; raw weights", mean(plain, "raw"), len(plain), "",
          "`python train.py --optimizer sgd --lr-max 0.2`, column `raw`"],
         ["+ averaged weights, fresh batch statistics", mean(plain, "averaged"), len(plain), average,
          "the same run, column `averaged`"],
@@ -216,10 +265,11 @@ def finders(rows):
                  [[*a[:3], b[1]] for a, b in zip(body, small)])
 
 
+DECAYS, BUDGETS = (2.5e-4, 1e-3, 4e-3), (6, 12, 24, 48)
 RATES = 0.0125, 0.025, 0.05, 0.1, 0.2, 0.4
 TABLES = {
     "ladder": ladder, "schedules": schedules, "headline": headline, "recipe": recipe, "rise": rise,
-    "map": lr_by_decay, "lrmin": lr_min,
+    "short runs": short_runs, "map": decays, "budget": budget, "lrmin": lr_min,
     "finders": finders,
     "finders, 32": lambda rows: lines(*range_test.summary(32)),
     "finders, 8": lambda rows: lines(*range_test.summary(8)),
