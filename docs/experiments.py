@@ -63,8 +63,7 @@ PARTS = {
     # What the rise buys: with it, and straight down from LRMAX.
     "rise": [sgd(schedule, lr) for lr in (0.2, 0.4, 0.1)
              for schedule in ("one cycle", "no rise", "annihilated", "linear")],
-    "cosine": [sgd("cosine", lr) for lr in (0.2, 0.4, 0.1)],
-    "momentum": [sgd("one cycle", 0.2, momentum="0.95 .. 0.85")],
+    "momentum": [sgd("one cycle", 0.8, epochs=12, momentum="0.95 .. 0.85")],     # as the map's
     # How many epochs one is worth in those of the other.
     "budget": [sgd(schedule, lr, epochs=epochs) for epochs in (24, 6, 48) for schedule, rates in
                (("one cycle", (0.8, 0.4)), ("linear", (0.2, 0.4))) for lr in rates],
@@ -74,7 +73,10 @@ PARTS = {
     "map, other decays": [sgd("one cycle", lr, epochs=12, weight_decay=decay)
                           for decay in (2.5e-4, 4e-3) for lr in MAP_RATES],
     "map no rise": [sgd("no rise", lr, epochs=12) for lr in MAP_RATES],
+    "map muon": [muon(schedule, lr, epochs=12) for lr in (0.1, 0.2, 0.4)
+                 for schedule in ("one cycle", "no rise")],
     "map linear": [sgd("linear", lr, epochs=12) for lr in (0.2, 0.8, 0.4)],
+    "map cosine": [sgd("cosine", lr, epochs=12) for lr in (0.4, 0.2, 0.8)],
     "map annihilated": [sgd("annihilated", lr, epochs=12) for lr in (0.8, 0.4, 0.2)],
     "map warm-up": [sgd("warm-up", lr, epochs=12) for lr in (0.8, 0.2)],
     # Where images are few: with --width 32, and --images 5000, 12500, 25000.
@@ -203,7 +205,8 @@ def run(arm, seed, loader, held_out, compiled):
     schedule, history = Schedule(optimizer, epochs * len(loader), arm), []
     for epoch in range(epochs):
         row = train.train_epoch(net, average, step, schedule, loader, seed, epoch)
-        if epoch % 4 == 3 and epochs >= 24 or epoch == epochs - 1:     # a CPU tests for 6 seconds
+        on_the_way = epoch % 4 == 3 and epochs >= 24 and loader.device.type == "cuda"
+        if on_the_way or epoch == epochs - 1:            # a CPU would test for 6 seconds each time
             train.measure_statistics(average, loader, seed, epoch)
             raw.load_state_dict(net.state_dict())
             history.append((epoch + 1, train.accuracy(raw, loader.test()),

@@ -9,6 +9,7 @@ import functools
 import itertools
 import re
 import statistics
+from collections import defaultdict
 from pathlib import Path
 
 from docs import range_test
@@ -19,6 +20,14 @@ PAGES = HERE.parent / "README.md", HERE / "measurements.md"
 NAMES = {"one cycle": "one cycle", "annihilated": "one cycle to zero", "constant": "constant",
          "steps": "step decay", "no rise": "no rise, to LRMIN", "linear": "no rise, to zero",
          "warm-up": "a short rise"}
+
+
+ARMS = {
+    "{}": "the recipe", "{'smoothing': 0.1}": "label smoothing 0.1",
+    "{'smoothing': 0.2}": "label smoothing 0.2", "{'decay': 0.995}": "average with d up to 0.995",
+    "{'flip': 'coin'}": "an image mirrored by chance in each epoch",
+    "{'sharpness': 2.0}": "logits x 1/4", "{'weight_decay': 0.0}": "no weight decay",
+    "{'momentum': 0.9}": "momentum 0.9", "{'sharpness': 8.0}": "logits as they are"}
 
 
 def pick(rows, part, width=64, images=None, **arm):
@@ -64,8 +73,7 @@ def schedules(rows):
             ("sgd", "sgd", "annihilated", "0.02, up to 0.2, down to 0", 24),
             ("sgd", "sgd", "constant", "0.1", 24),
             ("sgd", "sgd", "steps", "0.2; 0.02 after 1/2, 0.002 after 3/4", 24),
-            ("sgd-48", "sgd", "steps", "the same", 48),
-            ("sgd-120", "sgd", "steps", "the same", 120)):
+            ("sgd-48", "sgd", "steps", "the same", 48)):
         same = pick(rows, part, optimizer=optimizer, schedule=schedule)
         body.append([NAMES[schedule], text, epochs, mean(same, "raw"), mean(same, "averaged"),
                      len(same)])
@@ -117,28 +125,23 @@ def grid(rows, part, width, images, rates, arms):
     return lines(["rate", *map(str, rates)], body)
 
 
-def recipe(rows):
-    body, base = [], {row["seed"]: row["held out"]["averaged"]
-                      for row in pick(rows, "recipe", images=40000) if not row["arm"]}
-    names = {"{}": "the recipe", "{'smoothing': 0.1}": "label smoothing 0.1",
-             "{'smoothing': 0.2}": "label smoothing 0.2", "{'decay': 0.995}": "average with d up "
-             "to 0.995", "{'flip': 'coin'}": "an image mirrored by chance in each epoch",
-             "{'sharpness': 2.0}": "logits x 1/4", "{'weight_decay': 0.0}": "no weight decay",
-             "{'momentum': 0.9}": "momentum 0.9", "{'sharpness': 8.0}": "logits as they are"}
-    for arm, name in names.items():
-        same = [row for row in pick(rows, "recipe", images=40000) if str(row["arm"]) == arm]
-        gain = difference([row["held out"]["averaged"] for row in same],
-                          [base[row["seed"]] for row in same]) if same[0]["arm"] else ""
-        body.append([name, mean(same, "held out", "averaged"), mean(same, "held out", "raw"),
-                     len(same), gain])
-    return lines(["", "averaged", "raw", "n", "gain, on the same seeds"], body)
-
-
 def gain(a, b, *path):
     """The difference between the rows a and b of the same seeds, as text; "" where there are none."""
     a, b = ({row["seed"]: functools.reduce(dict.get, path, row) for row in rows} for rows in (a, b))
     seeds = sorted(a.keys() & b.keys())
     return difference([a[seed] for seed in seeds], [b[seed] for seed in seeds]) if seeds else ""
+
+
+def beside_the_recipe(rows, part, width, images):
+    """Each arm of a part on held-out images, and its paired gain over the recipe."""
+    arms = defaultdict(list)
+    for row in pick(rows, part, width, images):
+        arms[str(row["arm"])].append(row)
+    body = [[ARMS.get(arm, arm), mean(same, "held out", "averaged"), mean(same, "held out", "raw"),
+             len(same), gain(same, arms["{}"], "held out", "averaged") if arm != "{}" else ""]
+            for arm, same in arms.items()]
+    body.sort(key=lambda row: (row[0] != "the recipe", -float(row[4].split(" ")[0] or 0)))
+    return lines(["", "averaged", "raw", "n", "gain, on the same seeds"], body)
 
 
 def rise(rows):
@@ -258,8 +261,7 @@ def lr_min(rows):
 
 def finders(rows):
     """The README's table: our rates, each package's, and a constant."""
-    shown = ("lr", "LRMAX", "steepest", "fastai minimum / 10", "torch-lr-finder, on our range",
-             "Lightning")
+    shown = "lr", "LRMAX", "torch-lr-finder, on our range", "fastai minimum / 10"
     (_, body), (_, small) = (range_test.summary(batch, shown) for batch in (32, 8))
     return lines(["finder", "mean regret", "of the worst pair", "mean at batch 8"],
                  [[*a[:3], b[1]] for a, b in zip(body, small)])
@@ -268,7 +270,8 @@ def finders(rows):
 DECAYS, BUDGETS = (2.5e-4, 1e-3, 4e-3), (6, 12, 24, 48)
 RATES = 0.0125, 0.025, 0.05, 0.1, 0.2, 0.4
 TABLES = {
-    "ladder": ladder, "schedules": schedules, "headline": headline, "recipe": recipe, "rise": rise,
+    "ladder": ladder, "schedules": schedules, "headline": headline, "rise": rise,
+    "recipe": lambda rows: beside_the_recipe(rows, "recipe", 64, 40000),
     "short runs": short_runs, "map": decays, "budget": budget, "lrmin": lr_min,
     "finders": finders,
     "finders, 32": lambda rows: lines(*range_test.summary(32)),
