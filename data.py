@@ -47,7 +47,7 @@ def draw_epoch(count, seed, epoch):
     top, left = random.integers(2 * PAD + 1, size=(2, count))
     cut_y, cut_x = random.integers(SIZE, size=(2, count))
     # Alternating flip (Jordan, arXiv 2404.00498): a coin decides which way an image faces first;
-    # then it flips every epoch, so that any two in a row show both. No epoch uses [seed, 0].
+    # then it flips every epoch, so that any two in a row show both. ([seed, 0] is no epoch's.)
     first = np.random.default_rng([seed, 0]).integers(2, size=count)
     flip = (first[index] + epoch) % 2
     return torch.from_numpy(np.stack([index, top, left, flip, cut_y, cut_x], 1).astype(np.int32))
@@ -131,8 +131,8 @@ if triton:
         colour = tl.where(channel == 0, red, tl.where(channel == 1, green, blue))
         red, green, blue = tl.load(inverse_std), tl.load(inverse_std + 1), tl.load(inverse_std + 2)
         scale = tl.where(channel == 0, red, tl.where(channel == 1, green, blue))
-        # The cutout is a scale of 0: one `where` for rows, one for columns. The fma adds nothing, so
-        # it rounds as a product does; but -0.0, a dark pixel times 0, becomes 0.0 as in torch.
+        # The cutout is a scale of 0: one `where` for rows, one for columns. The fma adds 0, so it
+        # rounds as a product does; but -0.0, a dark pixel times 0, becomes 0.0 as in torch.
         cut_row, cut_column = row - cut_y + CUT // 2, column - cut_x + CUT // 2
         cut = tl.where((cut_column >= 0) & (cut_column < CUT), 0.0, scale)
         scale = tl.where((cut_row >= 0) & (cut_row < CUT), cut, scale)
@@ -168,14 +168,14 @@ class Loader:
 
     def __init__(self, data, batch_size, dtype, device):
         self.train_images, self.train_labels, self.test_images, self.test_labels = (
-            tensor.to(device) for tensor in data[2:6])
+            tensor.to(device) for tensor in data if torch.is_tensor(tensor))
         self.mean, self.inverse_std = (v.to(device) for v in normalisation(data.train_images))
         self.batch_size = min(batch_size, len(data.train_images))
         self.data, self.dtype, self.device = data, dtype, device
         self.augment = pick_augment(device, dtype)
 
     def __len__(self):
-        """Training batches per epoch; the images that do not fill one are left out of it."""
+        """Training batches per epoch; images left over after the last full one are skipped."""
         return len(self.train_images) // self.batch_size
 
     def epoch(self, seed, epoch):

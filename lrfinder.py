@@ -47,7 +47,7 @@ MEDIAN = 5                # points in the running median: two outliers do not mo
 RISE = 0.15               # of the whole fall: a smaller rise does not end the descent
 FALL = 0.10               # of the starting loss: a curve that falls less shows nothing
 REBOUND = 0.5             # of what was gained: once as much is lost again, the sweep can end
-RUNAWAY = 3.0             # without a gain, stop this many starting losses above the start
+RUNAWAY = 3.0             # without a gain: stop when the loss has risen by 3 times its start
 SIGNIFICANT = 6.0         # standard deviations: a larger difference is not noise
 TIED = 1.0                # standard deviation: a smaller difference is a tie
 
@@ -84,7 +84,7 @@ def range_test(model, optimizer, loss, batches, *, lr_start=LR_START, lr_end=LR_
     All arguments as in training: model, any nn.Module; its optimizer; loss(outputs, labels), a
     scalar; batches, an iterable of (inputs, labels), restarted when exhausted; autocast, a context,
     and scaler, a GradScaler, for mixed precision. Everything in a batch, however nested, is moved
-    to the model's device. Under DistributedDataParallel all ranks call this; the loss is their mean.
+    to the model's device. Under DistributedDataParallel call it on every rank; it averages losses.
 
     Point k is the loss of batch k *before* the step with lr_k. lr_k applies to the parameter group
     with the largest rate; the others keep their ratio to it. A model in training mode keeps the
@@ -116,7 +116,7 @@ def range_test(model, optimizer, loss, batches, *, lr_start=LR_START, lr_end=LR_
     with everything_restored(model, optimizer, loss):
         if not model.training:
             model.train()
-        for lr, batch in zip(lrs, chain.from_iterable(repeat(batches, steps))):
+        for lr, batch in zip(lrs, chain.from_iterable(repeat(batches, steps))):   # over and over
             if not isinstance(batch, (tuple, list)) or len(batch) != 2:
                 raise TypeError("a batch must be a pair (inputs, labels); help(range_test) shows "
                                 "how to wrap others")
@@ -146,8 +146,8 @@ def range_test(model, optimizer, loss, batches, *, lr_start=LR_START, lr_end=LR_
 def enough(losses):
     """Has LRMAX been passed? Half of the gain is lost again, or the loss explodes.
 
-    The usual rule, 4 times the lowest loss, fails twice: with batch normalisation the loss stays
-    bounded, as the weights' scale does not matter; and when the loss is almost 0, noise alone
+    The usual rule, 4 times the lowest loss, fails in two ways: with batch normalisation the loss
+    stays bounded, as the weights' scale does not matter; and when the loss is almost 0, noise alone
     triggers it. Medians of the last 5 losses, the 5 before those, and so on: no single bad batch
     decides.
     """
@@ -158,8 +158,8 @@ def enough(losses):
     gained = start - lowest
     # abs: a loss may be negative, as -log of a density.
     threshold = REBOUND * gained if gained > FALL * abs(start) else gained + RUNAWAY * abs(start)
-    # Also of the last third: before anything is learned, batches hardly differ.
-    sigma = max(noise(losses), noise(losses[-len(losses) // 3:]))
+    # The noise of the last third too: before anything is learned, batches hardly differ.
+    sigma = max(noise(losses), noise(losses[len(losses) * 2 // 3:]))
     return bool(medians[-1] - lowest > max(threshold, SIGNIFICANT * sigma))
 
 
@@ -189,7 +189,7 @@ def suggest(curve):
         elif (start - smoothed[best] > fall / 2
               and value - smoothed[best] > max(RISE * fall, SIGNIFICANT * sigma)):
             break
-    else:                                                 # else k is where the clear rise begins
+    else:                                 # no break; after one, k is where the clear rise is seen
         raise not_found("the loss falls to the end of the sweep", "raise its highest learning rate")
     if best < FEWEST // 2:                                # `start` was measured after the minimum
         raise not_found("the loss only rises", "start the sweep lower")
@@ -202,11 +202,11 @@ def suggest(curve):
 
 
 def smooth(losses):
-    """Medians of 5, then a central average of each with its neighbours, weighting near ones more.
+    """Medians of 5, then a centred average of each with its neighbours, weighting near ones more.
 
-    The medians remove outliers, which an average would smear out. Being central, it does not lag as
-    a running average does. The weights are cos^2, a Hann window; near the ends it shrinks
-    symmetrically.
+    The medians remove outliers, which an average would smear out. Being centred, the average does
+    not lag as a running one does. The weights are cos^2, a Hann window, which shrinks on both sides
+    near the ends.
     """
     beside = MEDIAN // 2
     medians = [np.median(losses[max(0, k - beside):k + beside + 1]) for k in range(len(losses))]
@@ -233,7 +233,7 @@ def noise(losses):
 
 
 def noise_of_smoothed(losses):
-    """That of the smoothed curve: `smooth` leaves about 3 / (4 (half + 1)) of the variance."""
+    """The same for the smoothed curve: about 3 / (4 (half + 1)) of the variance is left."""
     return noise(losses) * math.sqrt(0.75 / (half_window(len(losses)) + 1))
 
 
@@ -312,6 +312,7 @@ def everything_restored(model, optimizer, loss):
         for entries in dicts:                             # the very same objects come back
             undo.callback(entries.update, dict(entries))
             undo.callback(entries.clear)
+        # Training changes these copies; the originals come back.
         optimizer.state.update({p: copy.deepcopy(s) for p, s in optimizer.state.items()})
         yield
 

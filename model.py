@@ -11,7 +11,7 @@ A residual network of eight convolutions, David Page's ResNet-9 with pooling bef
     fc      fully connected, softmax                            10                  5,130
 
 with R = conv 3x3, BN, ReLU, conv 3x3, BN, ReLU: 6,573,130 parameters, and 379 million
-multiply-accumulates per image. Each layer halves the picture's sides and doubles the channels.
+multiply-accumulates per image. Layers 1 to 3 halve the picture's sides and double the channels.
 Pooling before normalisation leaves normalisation a quarter of the pixels to read.
 
     net = make_model(pick_device())
@@ -74,7 +74,7 @@ class CustomResNet(nn.Module):
         x = self.layer3(x)                   # (B, 512,  4,  4)
         x = self.pool(x).flatten(1)          # (B, 512)
         # Each feature is a maximum over 16 positions, so the logits are large, and the softmax
-        # would be certain before it had learned anything. Page's factor tempers it.
+        # would be certain before the network had learned anything. Page's factor tempers it.
         logits = self.fc(x).float() * LOGIT_SCALE                                  # (B, C)
         # The logarithm of the softmax: .exp() gives probabilities, and the cross-entropy is minus
         # the entry of the right class (nll_loss). A log taken afterwards could be log(0).
@@ -85,17 +85,18 @@ def orthogonal(matrix, dtype=torch.float32):
     """Roughly U V^T of a matrix U S V^T (its singular value decomposition): (n, m) to (n, m).
 
     No decomposition is computed. X X^T X = U S^3 V^T, so products alone can replace every singular
-    value s by a s + b s^3 + c s^5. Three rounds with Jordan's a, b and c take values between 0.02
-    and 1 times the matrix's Frobenius norm to 0.68 .. 1.21 (in bf16). Smaller ones grow 41-fold at
+    value s by a s + b s^3 + c s^5. Divide the matrix by its norm; then three rounds with Jordan's
+    a, b and c map values from 0.02 to 1 to 0.68 .. 1.21 (in bf16). Smaller ones grow 41-fold at
     most. dtype: of the arithmetic and the result.
     """
+    a, b, c = 3.4445, -4.7750, 2.0315
+    tall = len(matrix) > matrix.shape[1]
     x = (matrix / matrix.norm().clamp(min=1e-7)).to(dtype)        # now every s is at most 1
-    x = x.T if len(matrix) > matrix.shape[1] else x               # X X^T is smaller than X^T X
+    x = x.T if tall else x                                        # X X^T is smaller than X^T X
     for _ in range(3):
         gram = x @ x.T
-        polynomial = torch.addmm(gram, gram, gram, beta=-4.7750, alpha=2.0315)   # b XX' + c (XX')^2
-        x = torch.addmm(x, polynomial, x, beta=3.4445)
-    return x.T if len(matrix) > matrix.shape[1] else x
+        x = torch.addmm(x, torch.addmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    return x.T if tall else x
 
 
 class Muon(torch.optim.Optimizer):

@@ -6,8 +6,8 @@ r"""The one-cycle policy: the learning rate rises once and falls once.
     LRMIN      /            \
                0  P          T-1
 
-    k <= P    lr = LRMIN + (LRMAX - LRMIN) k / P
-    k >  P    lr = LRMAX - (LRMAX - LRMIN) (k - P) / (T - 1 - P)
+    k <  P    lr = LRMIN + (LRMAX - LRMIN) k / P
+    k >= P    lr = LRMAX - (LRMAX - LRMIN) (k - P) / (T - 1 - P)
 
 Step k of T (k = 0 .. T - 1) is the k-th step of the optimizer: one batch, not one epoch. CIFAR-10
 in batches of 512 has 97 steps an epoch, so for 24 epochs T = 2328 and P = 5 * 97 = 485.
@@ -38,12 +38,12 @@ def one_cycle(step, total, peak, lr_max, start=1 / 10, end=1 / 10):
     if step < peak:
         share = start + (1 - start) * step / peak
     else:
-        share = 1 - (1 - end) * (step - peak) / max(total - 1 - peak, 1)
+        share = 1 - (1 - end) * (step - peak) / max(total - 1 - peak, 1)   # P may be the last step
     return lr_max * share
 
 
 class OneCycle:
-    """Writes the rate of a step into an optimizer.
+    """Sets an optimizer's learning rates, step by step.
 
     The parameter group with the largest learning rate gets one_cycle's rate; the others keep their
     ratio to it. There is no counter: a step always has the same rate, so a resumed run has no state
@@ -61,7 +61,7 @@ class OneCycle:
         self.optimizer, self.cycle = optimizer, (total, peak, lr_max, start, end)
 
     def at(self, step):
-        """The learning rate of a step, for the group with the largest."""
+        """The learning rate of a step, for the group whose rate is largest."""
         return one_cycle(step, *self.cycle)
 
     def set(self, step):

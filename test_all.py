@@ -1713,7 +1713,8 @@ def test_readme_links():
 
 
 @each("schedule, first, middle, last", [
-    ("one cycle", 0.1, 0.668, 0.1), ("annihilated", 0.1, 0.632, 0), ("no rise", 1, 0.55, 0.1), ("warm-up", 0.1, 0.57, 0.1),
+    ("one cycle", 0.1, 0.668, 0.1), ("annihilated", 0.1, 0.632, 0), ("no rise", 1, 0.55, 0.1),
+    ("warm-up", 0.1, 0.57, 0.1),
     ("linear", 1, 0.5, 0), ("cosine", 1, 0.5, 0), ("constant", 1, 1, 1), ("steps", 1, 0.1, 0.01)])
 def test_schedules_of_the_experiments(schedule, first, middle, last):
     """Their rates at the start, in the middle and at the end, as shares of LRMAX."""

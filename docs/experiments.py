@@ -76,6 +76,8 @@ PARTS = {
     "map muon": [muon(schedule, lr, epochs=12) for lr in (0.1, 0.2, 0.4)
                  for schedule in ("one cycle", "no rise")],
     "map linear": [sgd("linear", lr, epochs=12) for lr in (0.2, 0.8, 0.4)],
+    "map no rise, other decays": [sgd(schedule, 0.2, epochs=12, weight_decay=4e-3)
+                                  for schedule in ("linear", "no rise", "one cycle")],
     "map cosine": [sgd("cosine", lr, epochs=12) for lr in (0.4, 0.2, 0.8)],
     "map annihilated": [sgd("annihilated", lr, epochs=12) for lr in (0.8, 0.4, 0.2)],
     "map warm-up": [sgd("warm-up", lr, epochs=12) for lr in (0.8, 0.2)],
