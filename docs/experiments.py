@@ -65,8 +65,10 @@ PARTS = {
              for schedule in ("one cycle", "no rise", "annihilated", "linear")],
     "momentum": [sgd("one cycle", 0.8, epochs=12, momentum="0.95 .. 0.85")],     # as the map's
     # How many epochs one is worth in those of the other.
-    "budget": [sgd(schedule, lr, epochs=epochs) for epochs in (24, 6, 48) for schedule, rates in
-               (("one cycle", (0.8, 0.4)), ("linear", (0.2, 0.4))) for lr in rates],
+    "budget": [sgd(schedule, lr, epochs=epochs, **more) for epochs in (24, 6, 48)
+               for schedule, lr, more in (("one cycle", 0.8, {}), ("one cycle", 0.4, {}),
+                                          ("linear", 0.4, {}),
+                                          ("linear", 0.2, {"weight_decay": 4e-3}))],
     # Short runs, with --width 32 --images 12500 as the budgets above: what rates train with a rise
     # and without one, and LRMAX against weight decay.
     "map": [sgd("one cycle", lr, epochs=12, weight_decay=1e-3) for lr in MAP_RATES],

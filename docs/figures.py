@@ -1,6 +1,5 @@
 """Pictures of the README that no run leaves: python -m docs.figures [--data-dir data]
 
-    img/schedule.png      the cycle, with and without annihilation
     img/augmented.png     each step of the augmentation, then three epochs (of CIFAR-10)
     img/experiment.png    schedules against epochs, from experiments.jsonl
     img/rates.png         LRMAX, with and without the rise, and against weight decay, from the same
@@ -17,32 +16,12 @@ from data import (CUT_X, CUT_Y, FLIP, INDEX, LEFT, PAD, SIZE, TOP, augment, draw
                   normalisation, plain_draws)
 from docs.experiments import MAP_RATES, read
 from docs.tables import BUDGETS, DECAYS, NAMES, budget_rows, map_cell, pick
-from onecycle import one_cycle
 
 IMG = Path(__file__).parent.parent / "img"
 
 
 def new_figure(width, height):
     return Figure(figsize=(width, height), layout="constrained", facecolor="white")
-
-
-def schedule():
-    """The cycle in units of LRMAX: 24 epochs of 97 steps, the peak after 5."""
-    total, peak = 24 * 97, 5 * 97
-    figure = new_figure(8, 3.2)
-    ax = figure.subplots()
-    for label, style, end in (("one cycle, as here", "-", 0.1), ("with annihilation", ":", 0)):
-        ax.plot([one_cycle(k, total, peak, 1, end=end) for k in range(total)], style, label=label,
-                linewidth=2)
-    for step, name, offset in ((0, "LRMIN", (8, -4)), (peak, "LRMAX", (8, 2)),
-                               (total - 1, "LRMIN", (-66, 70))):
-        lr = one_cycle(step, total, peak, 1)
-        ax.plot(step, lr, "o", color="black", markersize=4)
-        ax.annotate(f"{name}, step {step}", (step, lr), offset, textcoords="offset points",
-                    arrowprops={"arrowstyle": "-", "color": "grey"} if step == total - 1 else None)
-    ax.set(xlabel="step (one batch)", ylabel="learning rate / LRMAX", ylim=(0, 1.15))
-    ax.legend(loc="upper right", frameon=False)
-    return figure
 
 
 def augmented(data, images=5):
@@ -168,7 +147,6 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--data-dir", default="data")
     args = parser.parse_args()
-    schedule().savefig(IMG / "schedule.png", dpi=110)
     augmented(load("cifar10", args.data_dir)).savefig(IMG / "augmented.png", dpi=100)
     experiment(read()).savefig(IMG / "experiment.png", dpi=100)
     rates(read()).savefig(IMG / "rates.png", dpi=100)

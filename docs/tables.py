@@ -201,28 +201,31 @@ def decays(rows):
 
 
 def budget_rows(rows, schedule, epochs):
-    """The short runs of a schedule, of the rate that is the best on held-out images, seed 0."""
-    name = {"one cycle": "map", "linear": "map linear"}[schedule] if epochs == 12 else "budget"
-    more = {} if epochs == 12 else {"epochs": epochs, "schedule": schedule}
-    rates = {lr: pick(rows, name, 32, 12500, lr=lr, **more) for lr in MAP_RATES}
-    first = {lr: row["held out"]["averaged"] for lr, same in rates.items() for row in same
+    """The short runs of the schedule's arm that is the best on held-out images with seed 0."""
+    arms = defaultdict(list)
+    for row in rows:
+        if (row["width"], row["images"]) == (32, 12500) and (
+                row["arm"].get("epochs"), row["arm"].get("schedule")) == (epochs, schedule) and (
+                row["arm"]["optimizer"] == "sgd" and "momentum" not in row["arm"]):
+            arms[row["arm"]["lr"], row["arm"].get("weight_decay", 1e-3)].append(row)
+    first = {arm: row["held out"]["averaged"] for arm, same in arms.items() for row in same
              if row["seed"] == 0}
-    return rates[max(first, key=first.get)] if first else []
+    return arms[max(first, key=first.get)] if first else []
 
 
 def budget(rows):
-    """Epochs of one cycle and of a fall from LRMAX to zero, each at its best rate."""
+    """Schedules with and without the rise in several numbers of epochs, each at its best rate."""
     body = []
     for epochs in BUDGETS:
-        pair = [budget_rows(rows, schedule, epochs) for schedule in ("one cycle", "linear")]
-        for same in pair:
-            if same:
-                body.append([epochs, NAMES[same[0]["arm"]["schedule"]], same[0]["arm"]["lr"],
-                             mean(same, "averaged"), mean(same, "raw"), len(same)])
-        if all(pair):
-            body.append([epochs, "difference", "", gain(*pair, "averaged"), gain(*pair, "raw"),
-                         min(map(len, pair))])
-    return lines(["epochs", "schedule", "LRMAX", "averaged", "raw", "n"], body)
+        cycle = budget_rows(rows, "one cycle", epochs)
+        for schedule in ("one cycle", "annihilated", "no rise", "linear"):
+            if same := budget_rows(rows, schedule, epochs):
+                arm = same[0]["arm"]
+                body.append([epochs, NAMES[schedule], arm["lr"], arm.get("weight_decay", 0.001),
+                             mean(same, "averaged"), mean(same, "raw"), len(same),
+                             gain(cycle, same, "averaged") if same != cycle else ""])
+    return lines(["epochs", "schedule", "LRMAX", "decay", "averaged", "raw", "n",
+                  "the cycle's lead, averaged"], body)
 
 
 def ladder(rows):
