@@ -95,9 +95,9 @@ PARTS = {
     # One constant of the recipe at a time.
     "recipe": [{}, {"smoothing": 0.1}, {"smoothing": 0.2}, {"decay": 0.995}, {"sharpness": 2.0},
                {"sharpness": 8.0}, {"flip": "coin"}, {"momentum": 0.9}, {"weight_decay": 0.0}],
-    # What has never been tuned: the rates of what Muon leaves to SGD (the last layer, and the scales
-    # and biases of the normalisation), as multiples of the convolutions'; where the weights start;
-    # how many images batch statistics are of; larger last steps.
+    # What has never been tuned: the rates of what Muon leaves to SGD, the last layer and the norms'
+    # scales and biases, as multiples of the convolutions'; where the weights start; how many images
+    # batch statistics are of; larger last steps.
     "choices": [{}, {"fc": 8, "norms": 8}, {"fc": 8}, {"norms": 8},
                 {"fc": 8, "norms": 8, "weight_decay": 1.25e-4}, {"start_from": "identity"},
                 {"start_from": "patches"}, {"start_from": "patches, frozen"}, {"ghost": 128},

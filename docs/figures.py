@@ -96,7 +96,7 @@ def rates(rows):
     left.set_xticks(sorted(MAP_RATES), sorted(MAP_RATES))
     left.minorticks_off()
     left.legend(fontsize="small", frameon=False)
-    grid = np.array([[np.mean([100 * row["averaged"] for row in map_cell(rows, decay, lr)] or np.nan)
+    grid = np.array([[np.mean([100 * row["averaged"] for row in map_cell(rows, decay, lr)])
                       for lr in sorted(MAP_RATES)] for decay in DECAYS])           # (3, 6)
     right.imshow(grid, aspect="auto", origin="lower", cmap="viridis", vmin=np.nanmax(grid) - 8)
     for (y, x), value in np.ndenumerate(grid):
@@ -125,15 +125,16 @@ def budget(rows):
                           label=f"{NAMES[schedule]}, {key}")
     right.plot(PAGE.keys(), PAGE.values(), "-", marker=".", color="tab:green",
                label="Page: rise, fall to zero, stronger cutout")
-    steps = {len_: 100 * np.mean([row["averaged"] for row in pick(rows, part, schedule="steps")])
-             for part, len_ in (("sgd", 24), ("sgd-48", 48), ("sgd-120", 120))}
-    right.plot(steps.keys(), steps.values(), "-", marker=".", color="tab:orange", label="step decay")
+    steps = {n: 100 * np.mean([row["averaged"] for row in pick(rows, part, schedule="steps")])
+             for part, n in (("sgd", 24), ("sgd-48", 48), ("sgd-120", 120))}
+    right.plot(steps.keys(), steps.values(), marker=".", color="tab:orange", label="step decay")
     for part, name, marker in (("sgd", "one cycle, SGD, averaged", "o"),
                                ("headline", "one cycle, Muon, averaged", "*")):
         same = pick(rows, part, schedule="one cycle") or pick(rows, part)
         right.plot(24, 100 * np.mean([row["averaged"] for row in same]), marker, color="tab:blue",
                    markersize=9, label=name)
-    for ax, ticks, title in ((left, BUDGETS, "short runs, SGD"), (right, (24, 48, 100), "full size")):
+    for ax, ticks, title in ((left, BUDGETS, "short runs, SGD"),
+                             (right, (24, 48, 100), "full size")):
         ax.set(xscale="log", xlabel="epochs", title=title)
         ax.set_xticks(ticks, ticks)
         ax.minorticks_off()

@@ -126,7 +126,7 @@ def grid(rows, part, width, images, rates, arms):
 
 
 def gain(a, b, *path):
-    """The difference between the rows a and b of the same seeds, as text; "" where there are none."""
+    """The difference between the rows a and b of the same seeds, as text; "" if there are none."""
     a, b = ({row["seed"]: functools.reduce(dict.get, path, row) for row in rows} for rows in (a, b))
     seeds = sorted(a.keys() & b.keys())
     return difference([a[seed] for seed in seeds], [b[seed] for seed in seeds]) if seeds else ""
@@ -266,7 +266,7 @@ def finders(rows):
     """The README's table: our rates, each package's, and a constant."""
     shown = "lr", "LRMAX", "torch-lr-finder, on our range", "fastai minimum / 10"
     (_, body), (_, small) = (range_test.summary(batch, shown) for batch in (32, 8))
-    return lines(["finder", "mean regret", "of the worst pair", "mean at batch 8"],
+    return lines(["finder", "mean regret at batch 32", "of the worst pair", "mean at batch 8"],
                  [[*a[:3], b[1]] for a, b in zip(body, small)])
 
 
