@@ -237,7 +237,7 @@ def noise_of_smoothed(losses):
     return noise(losses) * math.sqrt(0.75 / (half_window(len(losses)) + 1))
 
 
-# ------------------------------------------------------------------------------------ the picture
+# ------------------ the lesson ends here; below, the picture, and how everything is restored
 
 def plot(curve, ax, suggestion=None):
     """Draw the raw curve faint and the smoothed one bold, and mark the suggestion."""
@@ -278,8 +278,6 @@ def report(curve, path):
         message += f" (no picture: {problem})"
     return found, message
 
-
-# ------------------------------------------------------- the lesson ends here; below, the plumbing
 
 @contextlib.contextmanager
 def everything_restored(model, optimizer, loss):
