@@ -96,15 +96,16 @@ def rates(rows):
     left.set_xticks(sorted(MAP_RATES), sorted(MAP_RATES))
     left.minorticks_off()
     left.legend(fontsize="small", frameon=False)
-    grid = np.array([[np.mean([100 * row["averaged"] for row in map_cell(rows, decay, lr)])
-                      for lr in sorted(MAP_RATES)] for decay in DECAYS])           # (3, 6)
+    grid = np.array([[np.mean([100 * row["averaged"] for row in map_cell(rows, decay, lr)
+                               if row["seed"] == 0]) for lr in sorted(MAP_RATES)]
+                     for decay in DECAYS])                                         # (3, 6)
     right.imshow(grid, aspect="auto", origin="lower", cmap="viridis", vmin=np.nanmax(grid) - 8)
     for (y, x), value in np.ndenumerate(grid):
         right.text(x, y, f"{value:.1f}", ha="center", va="center",
                    color="white" if value < np.nanmax(grid) - 4 else "black")
     right.set_xticks(range(len(MAP_RATES)), sorted(MAP_RATES))
     right.set_yticks(range(len(DECAYS)), DECAYS)
-    right.set(xlabel="LRMAX", ylabel="weight decay", title="with the rise, averaged weights")
+    right.set(xlabel="LRMAX", ylabel="weight decay", title="with the rise, averaged weights, seed 0")
     return figure
 
 
@@ -124,7 +125,7 @@ def budget(rows):
                           color=colour, linestyle=style, marker=".", capsize=3,
                           label=f"{NAMES[schedule]}, {key}")
     right.plot(PAGE.keys(), PAGE.values(), "-", marker=".", color="tab:green",
-               label="Page: rise, fall to zero, stronger cutout")
+               label="Page's runs, stronger cutout (n = 5)")
     steps = {n: 100 * np.mean([row["averaged"] for row in pick(rows, part, schedule="steps")])
              for part, n in (("sgd", 24), ("sgd-48", 48), ("sgd-120", 120))}
     right.plot(steps.keys(), steps.values(), marker=".", color="tab:orange", label="step decay")
