@@ -92,7 +92,7 @@ def rates(rows):
             left.fill_between(x, [min(found[lr]) for lr in x], [max(found[lr]) for lr in x],
                               color=colour, alpha=0.15, linewidth=0)
     left.set(xscale="log", xlabel="LRMAX", ylabel="accuracy on the test set in %",
-             title="What the rise buys: SGD, 12 epochs, small")
+             title="What the rise buys (SGD, short runs)")
     left.set_xticks(sorted(MAP_RATES), sorted(MAP_RATES))
     left.minorticks_off()
     left.legend(fontsize="small", frameon=False)
@@ -105,7 +105,7 @@ def rates(rows):
                    color="white" if value < np.nanmax(grid) - 4 else "black")
     right.set_xticks(range(len(MAP_RATES)), sorted(MAP_RATES))
     right.set_yticks(range(len(DECAYS)), DECAYS)
-    right.set(xlabel="LRMAX", ylabel="weight decay", title="with the rise, averaged weights, seed 0")
+    right.set(xlabel="LRMAX", ylabel="weight decay", title="with the rise, averaged (seed 0)")
     return figure
 
 
