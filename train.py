@@ -57,7 +57,7 @@ def train(loader, settings, out, checkpoint=None):
         found = find_lr_max(net, optimizer, scaler, loader, seed, out / "lr_range.png")
         settings["lr_max"] = found.lr_max if found else LR_MAX
     total = epochs * len(loader)
-    schedule = OneCycle(optimizer, total, round(total * PEAK), settings["lr_max"])
+    schedule = OneCycle(optimizer, total, min(round(total * PEAK), total - 1), settings["lr_max"])
     step = make_step(net, optimizer, scaler)
     print_header(schedule, total, settings, out, history)
 

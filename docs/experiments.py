@@ -34,7 +34,7 @@ COMMIT = "cdace6e"        # the first at which a seed draws the random numbers t
 RECIPE = {"optimizer": "muon", "schedule": "one cycle", "lr": 0.1, "epochs": 24, "start": 0.1,
           "end": 0.1, "smoothing": 0.0, "sharpness": 1.0, "decay": train.AVERAGE_DECAY,
           "momentum": None, "weight_decay": 1e-3, "flip": "alternating", "share": None,
-          "fc": 1, "norms": 1, "start_from": None, "ghost": None}
+          "fc": 1, "norms": 1, "start_from": None, "ghost": False}
 
 
 def sgd(schedule, lr, **more):
@@ -45,7 +45,7 @@ def muon(schedule, lr, **more):
     return {"optimizer": "muon", "schedule": schedule, "lr": lr, **more}
 
 
-MAP_RATES = (0.2, 0.8, 0.05, 0.4, 0.1, 1.6)
+MAP_RATES = 0.05, 0.1, 0.2, 0.4, 0.8, 1.6
 
 # What differs from RECIPE, an arm a line. SGD's rate 0.2 and Muon's 0.1 are about what the range
 # test finds; the other schedules take the best of the rates that `rates` tried.
@@ -79,7 +79,7 @@ PARTS = {
                  for schedule in ("one cycle", "no rise")],
     "map linear": [sgd("linear", lr, epochs=12) for lr in (0.2, 0.8, 0.4)],
     "map no rise, other decays": [sgd(schedule, 0.2, epochs=12, weight_decay=4e-3)
-                                  for schedule in ("linear", "no rise", "one cycle")],
+                                  for schedule in ("linear", "no rise")],
     "map cosine": [sgd("cosine", lr, epochs=12) for lr in (0.4, 0.2, 0.8)],
     "map annihilated": [sgd("annihilated", lr, epochs=12) for lr in (0.8, 0.4, 0.2)],
     "map warm-up": [sgd("warm-up", lr, epochs=12) for lr in (0.8, 0.2)],
@@ -100,7 +100,7 @@ PARTS = {
     # batch statistics are of; larger last steps.
     "choices": [{}, {"fc": 8, "norms": 8}, {"fc": 8}, {"norms": 8},
                 {"fc": 8, "norms": 8, "weight_decay": 1.25e-4}, {"start_from": "identity"},
-                {"start_from": "patches"}, {"start_from": "patches, frozen"}, {"ghost": 128},
+                {"start_from": "patches"}, {"start_from": "patches, frozen"}, {"ghost": True},
                 {"momentum": "0.6 .. 0.85"}, {"decay": 0.995, "lr": 0.125},
                 {"decay": 0.998, "lr": 0.125}, {"fc": 8, "norms": 8, "smoothing": 0.2}],
 }

@@ -86,24 +86,24 @@ def rates(rows):
         for key, style in (("averaged", "-"), ("raw", "--")):
             found = {lr: [100 * row[key] for row in pick(rows, part, 32, 12500, lr=lr)]
                      for lr in MAP_RATES}
-            x = sorted(lr for lr in found if found[lr])
+            x = [lr for lr in found if found[lr]]
             left.plot(x, [np.mean(found[lr]) for lr in x], style, color=colour, marker=".",
                       label=f"{name}, {key} weights")
             left.fill_between(x, [min(found[lr]) for lr in x], [max(found[lr]) for lr in x],
                               color=colour, alpha=0.15, linewidth=0)
     left.set(xscale="log", xlabel="LRMAX", ylabel="accuracy on the test set in %",
              title="What the rise buys (SGD, short runs)")
-    left.set_xticks(sorted(MAP_RATES), sorted(MAP_RATES))
+    left.set_xticks(MAP_RATES, MAP_RATES)
     left.minorticks_off()
     left.legend(fontsize="small", frameon=False)
     grid = np.array([[np.mean([100 * row["averaged"] for row in map_cell(rows, decay, lr)
-                               if row["seed"] == 0]) for lr in sorted(MAP_RATES)]
+                               if row["seed"] == 0]) for lr in MAP_RATES]
                      for decay in DECAYS])                                         # (3, 6)
     right.imshow(grid, aspect="auto", origin="lower", cmap="viridis", vmin=np.nanmax(grid) - 8)
     for (y, x), value in np.ndenumerate(grid):
         right.text(x, y, f"{value:.1f}", ha="center", va="center",
                    color="white" if value < np.nanmax(grid) - 4 else "black")
-    right.set_xticks(range(len(MAP_RATES)), sorted(MAP_RATES))
+    right.set_xticks(range(len(MAP_RATES)), MAP_RATES)
     right.set_yticks(range(len(DECAYS)), DECAYS)
     right.set(xlabel="LRMAX", ylabel="weight decay", title="with the rise, averaged (seed 0)")
     return figure
@@ -121,20 +121,19 @@ def budget(rows):
             found = {epochs: [100 * row[key] for row in budget_rows(rows, schedule, epochs)]
                      for epochs in BUDGETS}
             x = [epochs for epochs in BUDGETS if found[epochs]]
-            left.errorbar(x, [np.mean(found[n]) for n in x], [np.std(found[n]) for n in x],
-                          color=colour, linestyle=style, marker=".", capsize=3,
-                          label=f"{NAMES[schedule]}, {key}")
+            left.plot(x, [np.mean(found[n]) for n in x], style, color=colour, marker=".",
+                      label=f"{NAMES[schedule]}, {key}")
     right.plot(PAGE.keys(), PAGE.values(), "-", marker=".", color="tab:green",
                label="Page's runs, stronger cutout (n = 5)")
     steps = {n: 100 * np.mean([row["averaged"] for row in pick(rows, part, schedule="steps")])
              for part, n in (("sgd", 24), ("sgd-48", 48), ("sgd-120", 120))}
     right.plot(steps.keys(), steps.values(), marker=".", color="tab:orange", label="step decay")
-    for part, name, marker in (("sgd", "one cycle, SGD, averaged", "o"),
-                               ("headline", "one cycle, Muon, averaged", "*")):
-        same = pick(rows, part, schedule="one cycle") or pick(rows, part)
+    for same, name, marker in (
+            (pick(rows, "sgd", schedule="one cycle"), "one cycle, SGD, averaged", "o"),
+            (pick(rows, "headline"), "one cycle, Muon, averaged", "*")):
         right.plot(24, 100 * np.mean([row["averaged"] for row in same]), marker, color="tab:blue",
                    markersize=9, label=name)
-    for ax, ticks, title in ((left, BUDGETS, "short runs, SGD"),
+    for ax, ticks, title in ((left, BUDGETS, "short runs, SGD (n = 1; 12 epochs: 3)"),
                              (right, (24, 48, 100), "full size")):
         ax.set(xscale="log", xlabel="epochs", title=title)
         ax.set_xticks(ticks, ticks)

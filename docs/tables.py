@@ -167,19 +167,20 @@ def short_runs(rows):
     arms, body = (("map", "one cycle"), ("map no rise", "no rise"),
                   ("map warm-up", "warm-up"), ("map annihilated", "annihilated"),
                   ("map linear", "linear")), []
-    cells = {part: [pick(rows, part, 32, 12500, lr=lr) for lr in sorted(MAP_RATES)]
+    cells = {part: [pick(rows, part, 32, 12500, lr=lr) for lr in MAP_RATES]
              for part, _ in arms}
     for part, schedule in arms:
         body.append([NAMES[schedule], *(f"{mean(same, 'averaged', digits=1)} / "
                                         f"{mean(same, 'raw', digits=1)}" if same else ""
                                         for same in cells[part])])
     for key, a, b, name in (("averaged", "map", "map no rise", "to LRMIN, averaged"),
+                            ("averaged", "map", "map warm-up", "over a short one, averaged"),
                             ("raw", "map annihilated", "map linear", "to zero, raw")):
         body.append([f"gain of the rise, {name}", *map(
             gain, cells[a], cells[b], itertools.repeat(key))])
     body.append(["n", *(", ".join(str(len(cells[part][k])) for part, _ in arms)
                         for k in range(len(MAP_RATES)))])
-    return lines(["schedule", *(f"LRMAX {lr}" for lr in sorted(MAP_RATES))], body)
+    return lines(["schedule", *(f"LRMAX {lr}" for lr in MAP_RATES)], body)
 
 
 def map_cell(rows, decay, lr):
@@ -193,11 +194,11 @@ def decays(rows):
     body = []
     for decay in DECAYS:
         cells = [[row for row in map_cell(rows, decay, lr) if row["seed"] == 0]
-                 for lr in sorted(MAP_RATES)]
+                 for lr in MAP_RATES]
         body.append([f"{decay:g}", *(f"{mean(same, 'averaged', digits=1)} / "
                                      f"{mean(same, 'raw', digits=1)}" if same else ""
                                      for same in cells)])
-    return lines(["weight decay", *(f"LRMAX {lr}" for lr in sorted(MAP_RATES))], body)
+    return lines(["weight decay", *(f"LRMAX {lr}" for lr in MAP_RATES)], body)
 
 
 def budget_rows(rows, schedule, epochs):
@@ -233,7 +234,7 @@ def ladder(rows):
     plain, muon = pick(rows, "sgd", schedule="one cycle"), pick(rows, "headline")
     average = difference([row["averaged"] for row in plain], [row["raw"] for row in plain])
     a, b = ([100 * row["averaged"] for row in same] for same in (muon, plain))
-    gain = statistics.mean(a) - statistics.mean(b)
+    lead = statistics.mean(a) - statistics.mean(b)
     error = (statistics.variance(a) / len(a) + statistics.variance(b) / len(b)) ** 0.5
     return lines(["", "accuracy in %", "n", "gain", "how"], [
         ["the above with SGD, LRMAX 0.2; raw weights", mean(plain, "raw"), len(plain), "",
@@ -241,7 +242,7 @@ def ladder(rows):
         ["+ averaged weights, fresh batch statistics", mean(plain, "averaged"), len(plain), average,
          "the same run, column `averaged`"],
         ["+ Muon instead of SGD", f"**{mean(muon, 'averaged')}**", len(muon),
-         f"{gain:+.2f} ± {error:.2f}", "`python train.py`, column `averaged`"]])
+         f"{lead:+.2f} ± {error:.2f}", "`python train.py`, column `averaged`"]])
 
 
 def headline(rows):
