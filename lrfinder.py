@@ -11,8 +11,8 @@ watches the accuracy):
              steepest `----' LRMAX  stop             loss explodes, or is not finite
 
     sweep    lr_k = lr_start * (lr_end / lr_start) ^ (k / (steps - 1)),    k = 0 .. steps - 1
-    LRMAX    the rate at the minimum of the smoothed curve before the first rise of more than 15 %
-             of the whole fall, and beyond the noise; if noise leaves several, the last of them
+    LRMAX    the rate at the minimum of the smoothed curve before the first rise that exceeds both
+             15 % of the whole fall and the noise; if noise leaves several, the last of them
     lr       LRMAX / 2, the peak to train with
     LRMIN    LRMAX / 10, where a cycle up to LRMAX starts (Smith, arXiv 1803.09820, section 4.1)
 
@@ -20,12 +20,16 @@ At LRMAX training is only just stable: it is a limit, and a faster sweep reads a
 it was a good peak for seven small models; docs/measurements.md has the table. train.py, whose
 network has batch normalisation, goes up to LRMAX.
 
-    curve = range_test(model, optimizer, torch.nn.functional.cross_entropy, loader)
+    def loss(batch):                     # as in training; on a GPU it moves the batch there
+        inputs, labels = batch
+        return torch.nn.functional.cross_entropy(model(inputs), labels)
+
+    curve = range_test(model, optimizer, loss, loader)
     found, message = report(curve, "lr_range.png")
     print(message)                       # lr ... LRMAX ... LRMIN ... steepest ..., or what to try
 
-This file stands alone: it needs torch and numpy, and matplotlib to draw. Copy it. For Adam sweep
-from lr_start=1e-5 to lr_end=1.
+This file stands alone: it needs torch and numpy, and matplotlib to draw. For Adam sweep from
+lr_start=1e-5 to lr_end=1.
 
     python lrfinder.py       only the range test that train.py runs; see -h (needs the other files)
 """
@@ -38,7 +42,6 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from torch.utils._pytree import tree_map
 
 STEPS, LR_START, LR_END = 400, 0.001, 10.0
 FEWEST = 10               # points that a curve needs
@@ -69,37 +72,29 @@ class Curve(NamedTuple):
 
 class Suggestion(NamedTuple):
     """The learning rates that `suggest` read off a curve."""
-    lr: float                 # half of the limit: the peak to train with, after 400 steps
+    lr: float                 # LRMAX / 2: the peak to train with, if the sweep had 400 steps
     lr_max: float             # the limit
-    lr_min: float             # a tenth of the limit, where a cycle up to it starts and ends
+    lr_min: float             # LRMAX / 10, where a cycle up to it starts and ends
     steepest: float
 
 
 # -------------------------------------------------------------------------------------- the sweep
 
 def range_test(model, optimizer, loss, batches, *, lr_start=LR_START, lr_end=LR_END, steps=STEPS,
-               autocast=contextlib.nullcontext, scaler=None):
+               scaler=None):
     """Train on `batches` with a growing learning rate and return the Curve; restore everything.
 
-    All arguments as in training: model, any nn.Module; its optimizer; loss(outputs, labels), a
-    scalar; batches, an iterable of (inputs, labels), restarted when exhausted; autocast, a context,
-    and scaler, a GradScaler, for mixed precision. Everything in a batch, however nested, is moved
-    to the model's device. Under DistributedDataParallel call it on every rank; it averages losses.
+    model: an nn.Module that holds all that trains (a loss with parameters, too: nn.ModuleList), and
+    its optimizer. loss(batch): the scalar loss of a batch, computed as in training; it moves the
+    batch to the GPU and applies autocast, if training does. batches: an iterable, restarted when
+    exhausted. scaler: a GradScaler for mixed precision. Under DistributedDataParallel call it on
+    every rank; it averages the losses.
 
     Point k is the loss of batch k *before* the step with lr_k. lr_k applies to the parameter group
     with the largest rate; the others keep their ratio to it. A model in training mode keeps the
     mode of each layer, so frozen ones stay frozen. The sweep ends early when LRMAX has been passed
     (see `enough`), when the loss is not finite (and is dropped), or when a generator is exhausted.
-    ValueError: an impossible sweep or optimizer. TypeError: batches that are not pairs; wrap these:
-
-        class Loss(torch.nn.Module):                      # for batches of any form: here, dicts
-            def __init__(self, net):
-                super().__init__()
-                self.net = net
-            def forward(self, batch):
-                return F.cross_entropy(self.net(batch["x"], batch["mask"]), batch["y"])
-        pairs = ((batch, None) for epoch in itertools.count() for batch in loader)
-        curve = range_test(Loss(net), optimizer, lambda value, _: value, pairs)
+    ValueError: an impossible sweep or optimizer.
     """
     if not 0 < lr_start < lr_end or steps < 2:
         raise ValueError("a sweep needs 0 < lr_start < lr_end and at least 2 steps")
@@ -110,21 +105,15 @@ def range_test(model, optimizer, loss, batches, *, lr_start=LR_START, lr_end=LR_
     rates = [float(group.get("initial_lr", group["lr"])) for group in groups]
     if not max(rates) > 0:
         raise ValueError(f"the optimizer's learning rates are {rates}: give it one above 0")
-    device = next(p.device for group in groups for p in group["params"])
     scaler = copy.deepcopy(scaler) or torch.amp.GradScaler(enabled=False)   # disabled: a no-op
     lrs, losses, ended = np.geomspace(lr_start, lr_end, steps).tolist(), [], ""
-    with everything_restored(model, optimizer, loss):
+    with everything_restored(model, optimizer):
         if not model.training:
             model.train()
         for lr, batch in zip(lrs, chain.from_iterable(repeat(batches, steps))):   # over and over
-            if not isinstance(batch, (tuple, list)) or len(batch) != 2:
-                raise TypeError("a batch must be a pair (inputs, labels); help(range_test) shows "
-                                "how to wrap others")
-            inputs, labels = tree_map(lambda v: v.to(device) if hasattr(v, "to") else v, batch)
             for group, rate in zip(groups, rates):
-                set_rate(group, lr * rate / max(rates))
-            with autocast():
-                value = loss(model(inputs), labels)
+                group["lr"] = lr * rate / max(rates)
+            value = loss(batch)
             losses.append(mean_over_ranks(model, value))
             if not math.isfinite(losses[-1]):
                 losses.pop()
@@ -174,8 +163,10 @@ def suggest(curve):
     if len(losses) < FEWEST:
         raise not_found(f"the sweep has only {len(losses)} points, {FEWEST} are needed",
                         "start it at a lower learning rate or use more steps")
-    smoothed, sigma = smooth(losses), noise_of_smoothed(losses)
-    start = smoothed[half_window(len(losses))]            # the mean of the first points
+    smoothed, half = smooth(losses), half_window(len(losses))
+    # After smoothing about 3 / (4 (half + 1)) of a single loss's variance is left.
+    sigma = noise(losses) * math.sqrt(0.75 / (half + 1))
+    start = smoothed[half]                                # the mean of the first points
     fall = start - min(smoothed)
     if fall <= max(FALL * abs(start), SIGNIFICANT * sigma):
         raise not_found("the loss never falls clearly", "start the sweep lower, use larger batches "
@@ -195,7 +186,7 @@ def suggest(curve):
         raise not_found("the loss only rises", "start the sweep lower")
     # In a flat valley noise picks the lowest point: take the last of those that tie with it.
     best = max(j for j in range(best, k) if smoothed[j] <= smoothed[best] + TIED * sigma)
-    first = min(half_window(len(losses)), best)           # before it, the curve is hardly smoothed
+    first = min(half, best)                               # before it, the curve is hardly smoothed
     slopes = np.gradient(smoothed, np.log(lrs))[first:best + 1]
     return Suggestion(lr=lrs[best] / 2, lr_max=lrs[best], lr_min=lrs[best] / 10,
                       steepest=lrs[first + int(np.argmin(slopes))])
@@ -230,11 +221,6 @@ def noise(losses):
     divergence; for normal noise it is 0.6745 standard deviations.
     """
     return float(np.median(np.abs(np.diff(losses, 2)))) / 0.6745 / math.sqrt(6)
-
-
-def noise_of_smoothed(losses):
-    """The same for the smoothed curve: about 3 / (4 (half + 1)) of the variance is left."""
-    return noise(losses) * math.sqrt(0.75 / (half_window(len(losses)) + 1))
 
 
 # ------------------ the lesson ends here; below, the picture, and how everything is restored
@@ -280,19 +266,18 @@ def report(curve, path):
 
 
 @contextlib.contextmanager
-def everything_restored(model, optimizer, loss):
+def everything_restored(model, optimizer):
     """Restore, bit for bit and even after an exception, everything that training changes.
 
-    Parameters and buffers of the model, of the loss if it is a module, and any further parameters
-    of the optimizer; gradients; train/eval flags; the optimizer's state and settings; the random
-    states of Python, numpy, the CPU and every CUDA GPU. Not restored: other attributes, such as a
-    counter in `forward`; the random states of Apple GPUs and custom generators.
+    Parameters and buffers of the model, and any further parameters of the optimizer; gradients;
+    train/eval flags; the optimizer's state and settings; the random states of Python, numpy, the
+    CPU and every CUDA GPU. Not restored: other attributes, such as a counter in `forward`; the
+    random states of Apple GPUs and custom generators.
     """
-    modules = {*model.modules(), *(loss.modules() if isinstance(loss, torch.nn.Module) else ())}
-    parameters = {p for m in modules for p in m.parameters()}
-    parameters.update(p for group in optimizer.param_groups for p in group["params"])
-    dicts = [optimizer.state, *optimizer.param_groups, *(m._buffers for m in modules)]
-    tensors = [*parameters, *(v for d in dicts for v in d.values() if torch.is_tensor(v))]
+    parameters = {*model.parameters(), *(p for g in optimizer.param_groups for p in g["params"])}
+    dicts = [optimizer.state, *optimizer.param_groups, *(m._buffers for m in model.modules())]
+    tensors = [*parameters, *(p.grad for p in parameters if p.grad is not None),
+               *(v for d in dicts for v in d.values() if torch.is_tensor(v))]
     if any(torch.nn.parameter.is_lazy(tensor) for tensor in tensors):
         raise ValueError("the model has lazy layers: run a batch through it first, then it has "
                          "parameters that can be restored")
@@ -300,7 +285,7 @@ def everything_restored(model, optimizer, loss):
     with torch.random.fork_rng(range(torch.cuda.device_count())), contextlib.ExitStack() as undo:
         undo.callback(random.setstate, random.getstate())
         undo.callback(np.random.set_state, np.random.get_state())
-        for module in modules:
+        for module in model.modules():
             undo.callback(setattr, module, "training", module.training)
         for parameter in parameters:                      # sets the gradients aside
             undo.callback(setattr, parameter, "grad", parameter.grad)
@@ -315,26 +300,16 @@ def everything_restored(model, optimizer, loss):
         yield
 
 
-def set_rate(group, lr):
-    if torch.is_tensor(group["lr"]):                      # it may be part of a compiled step
-        group["lr"].fill_(lr)
-    else:
-        group["lr"] = lr
-
-
 def mean_over_ranks(model, value):
     """The loss as a number, averaged over ranks so that all of them stop at the same step."""
-    if isinstance(model, torch.nn.parallel.DistributedDataParallel):
-        value = value.detach().clone()
-        torch.distributed.all_reduce(value, group=model.process_group)
-        value /= model.process_group.size()
+    for module in model.modules():                        # it may be wrapped, as by torch.compile
+        if isinstance(module, torch.nn.parallel.DistributedDataParallel):
+            total = value.detach().clone()
+            torch.distributed.all_reduce(total, group=module.process_group)
+            return total.item() / module.process_group.size()
     return value.item()
 
 
-def main():
+if __name__ == "__main__":
     import train
     train.main(only_search=True)
-
-
-if __name__ == "__main__":
-    main()

@@ -6,9 +6,8 @@
                                         (bit for bit on a CPU with the same number of threads)
 
 At the end of the cycle the learning rate is still LRMAX / 10, and the weights jitter around the
-bottom of the valley. So an exponential moving average (EMA) of the weights is kept beside them; it
-sits near the bottom. Its accuracy after the last epoch is the result: picking the best epoch would
-mean fitting the test set.
+bottom of the valley. Their exponential moving average (EMA) sits near the bottom: its accuracy
+after the last epoch is the result.
 """
 import argparse
 import copy
@@ -61,7 +60,7 @@ def train(loader, settings, out, checkpoint=None):
     step = make_step(net, optimizer, scaler)
     print_header(schedule, total, settings, out, history)
 
-    saved = time.time()
+    saved = time.perf_counter()
     for epoch in range(len(history), epochs):
         row = train_epoch(net, average, step, schedule, loader, seed, epoch)
         stop_if_diverged(row, net, settings)
@@ -70,9 +69,9 @@ def train(loader, settings, out, checkpoint=None):
         row["averaged"] = accuracy(average, loader.test())
         history.append(row)
         print(ROW.format(**row), flush=True)
-        if epoch + 1 == epochs or time.time() - saved >= SAVE_EVERY:
+        if epoch + 1 == epochs or time.perf_counter() - saved >= SAVE_EVERY:
             save_run(out, settings, history, parts)
-            saved = time.time()
+            saved = time.perf_counter()
 
     finish_run(out, settings, history, schedule, average, loader)
     return history[-1]["averaged"]                       # of the last epoch, never of the best
@@ -80,7 +79,7 @@ def train(loader, settings, out, checkpoint=None):
 
 def train_epoch(net, average, step, schedule, loader, seed, epoch):
     """Train on every batch of an epoch, averaging the weights; return its row of the results."""
-    start, loss_sum, correct = time.time(), 0, 0
+    start, loss_sum, correct = time.perf_counter(), 0, 0
     net.train()
     batches = tqdm(loader.epoch(seed, epoch), f"epoch {epoch + 1}", len(loader), leave=False,
                    disable=None)                         # None: no bar unless on a terminal
@@ -88,10 +87,11 @@ def train_epoch(net, average, step, schedule, loader, seed, epoch):
         lr = schedule.set(k)
         loss, hits = step(inputs, labels)                # forward, backward, optimizer
         update_average(average, net, k)                  # a <- d a + (1 - d) w
-        loss_sum += loss                                 # not read here: Python would wait for the
-        correct += hits                                  # GPU, and then the GPU for Python
+        # Not read here: Python would wait for the GPU, and then the GPU for Python.
+        loss_sum += loss
+        correct += hits
     images, loss = len(loader) * loader.batch_size, float(loss_sum) / len(loader)
-    seconds = time.time() - start
+    seconds = time.perf_counter() - start
     return {"epoch": epoch + 1, "lr": lr, "loss": loss, "train": int(correct) / images,
             "seconds": seconds, "speed": images / seconds}
 
@@ -182,13 +182,19 @@ def accuracy(net, batches, flip=False):
 
 def find_lr_max(net, optimizer, scaler, loader, seed, path):
     """The Suggestion of a range test on the training batches, or None; net is left as it was."""
-    start = time.time()
+    start = time.perf_counter()
     batches = (batch for epoch in count() for batch in loader.epoch(seed, epoch))
+
+    def loss(batch):
+        inputs, labels = batch
+        with autocast(loader.device):
+            return nll_loss(net(inputs), labels)
+
     with tqdm(batches, "range test", SWEEP, leave=False, disable=None) as bar:
-        curve = lrfinder.range_test(net, optimizer, nll_loss, bar, steps=SWEEP, scaler=scaler,
-                                    autocast=lambda: autocast(loader.device))
+        curve = lrfinder.range_test(net, optimizer, loss, bar, steps=SWEEP, scaler=scaler)
     found, message = lrfinder.report(curve, path)
-    print(f"range     {len(curve.lrs)} steps in {time.time() - start:.0f} s: {message}", flush=True)
+    print(f"range     {len(curve.lrs)} steps in {time.perf_counter() - start:.0f} s: {message}",
+          flush=True)
     return found
 
 
@@ -303,14 +309,14 @@ def plot_mistakes(net, loader, path):
         ax.imshow(data.test_images[k].numpy())
         ax.set_axis_off()
         ax.set_title(f"{data.classes[guess[k]]} {confidence[k]:.0%}\n"
-                     f"is {data.classes[data.test_labels[k]]}", fontsize=8)
+                     f"is {data.classes[data.test_labels[k]]}", fontsize=8, parse_math=False)
     present = data.test_labels.unique().tolist()
     correct = {c: 100 * (~wrong[data.test_labels == c]).float().mean().item() for c in present}
     shown = sorted(sorted(present, key=correct.get)[:20])        # more would not be legible
     ax = right.subplots()
     bars = ax.barh(range(len(shown)), [correct[c] for c in shown])
     ax.bar_label(bars, fmt="%.1f", padding=2)
-    ax.set_yticks(range(len(shown)), [data.classes[c] for c in shown])
+    ax.set_yticks(range(len(shown)), [data.classes[c] for c in shown], parse_math=False)
     ax.invert_yaxis()
     ax.set(xlabel="accuracy in %", xlim=(0, 125), xticks=(0, 50, 100),
            title="by class" if len(shown) == len(present) else "the 20 worst classes")
@@ -328,25 +334,19 @@ def begin_run(out, settings, parts, checkpoint):
             if checkpoint[name]:                         # empty where a scaler does nothing
                 part.load_state_dict(checkpoint[name])
         return checkpoint["history"]
-    out.mkdir(parents=True, exist_ok=True)
-    try:
-        (out / "history.json").touch(exist_ok=False)     # atomic: of two runs one wins
-    except FileExistsError:
+    if (out / "checkpoint.pt").exists():
         sys.exit(f"{out} already holds a run: continue it with --resume {out}, or choose another "
                  f"--out")
-    try:
-        save_run(out, settings, [], parts)               # --resume works from here on
-    except BaseException:
-        (out / "history.json").unlink()                  # nothing was saved: the folder is free
-        raise
+    out.mkdir(parents=True, exist_ok=True)
+    save_run(out, settings, [], parts)                   # --resume works from here on
     return []
 
 
 def save_run(out, settings, history, parts):
-    """Write checkpoint.pt, which --resume reads, and history.json, which people read."""
+    """Write history.json, which people read, and checkpoint.pt, which --resume reads."""
+    (out / "history.json").write_text(json.dumps({**settings, "history": history}, indent=1))
     states = {name: part.state_dict() for name, part in parts.items()}
     save(out / "checkpoint.pt", {"settings": settings, "history": history, **states})
-    (out / "history.json").write_text(json.dumps({**settings, "history": history}, indent=1))
 
 
 def save(path, content):

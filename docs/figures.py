@@ -1,6 +1,6 @@
 """Pictures of the README that no run leaves: python -m docs.figures [--data-dir data]
 
-    img/augmented.png     each step of the augmentation, then three epochs (of CIFAR-10)
+    img/augmented.png     an epoch's augmentation step by step, then two more (of CIFAR-10)
     img/experiment.png    schedules against epochs, from experiments.jsonl
     img/rates.png         LRMAX, with and without the rise, and against weight decay, from the same
     img/budget.png        accuracy against epochs, short runs and full size, from the same
@@ -12,10 +12,10 @@ import numpy as np
 import torch
 from matplotlib.figure import Figure
 
-from data import (CUT_X, CUT_Y, FLIP, INDEX, LEFT, PAD, SIZE, TOP, augment, draw_epoch, load,
-                  normalisation, plain_draws)
+from data import (FLIP, INDEX, LEFT, PAD, SIZE, TOP, augment, draw_epoch, load, normalisation,
+                  plain_draws)
 from docs.experiments import MAP_RATES, read
-from docs.tables import BUDGETS, DECAYS, NAMES, budget_rows, map_cell, pick
+from docs.tables import BUDGETS, DECAYS, NAMES, SETS, best_rows, map_cell, pick
 
 IMG = Path(__file__).parent.parent / "img"
 
@@ -25,20 +25,19 @@ def new_figure(width, height):
 
 
 def augmented(data, images=5):
-    """A row an image: stored, padded, cropped, flipped, cut out; then three epochs."""
-    titles = ("stored", "padded by 4", "cropped", "flipped", "cut out",
-              "epoch 1", "epoch 2", "epoch 3")
+    """A row an image: the first epoch step by step, then two more epochs."""
+    titles = ("stored", "padded by 4", "cropped", "flipped\n(or not)", "cut out:\nepoch 1",
+              "epoch 2", "epoch 3")
     epochs = [draw_epoch(images, 0, epoch) for epoch in range(3)]              # (images, 6) each
     epochs = [draws[draws[:, INDEX].argsort()] for draws in epochs]
-    stages = plain_draws(images).repeat(4, 1, 1)                               # (4, images, 6)
-    stages[1:, :, [TOP, LEFT]] = torch.tensor([1, 8], dtype=torch.int32)       # up and right
-    stages[2:, :, FLIP] = 1
-    stages[3, :, [CUT_Y, CUT_X]] = epochs[0][:, [CUT_Y, CUT_X]]
+    stages = [plain_draws(images) for _ in range(3)]
+    for stage, columns in enumerate(([], [TOP, LEFT], [TOP, LEFT, FLIP])):
+        stages[stage][:, columns] = epochs[0][:, columns]
     mean, inverse_std = normalisation(data.train_images)
     values = augment(data.train_images, torch.cat([*stages, *epochs]), mean, inverse_std,
                      torch.float32)
     values = values.permute(0, 2, 3, 1) / inverse_std + mean                   # 0 .. 255 again
-    columns = [*values.round().byte().view(7, images, SIZE, SIZE, 3).numpy()]
+    columns = [*values.round().byte().view(6, images, SIZE, SIZE, 3).numpy()]
     columns.insert(1, np.pad(columns[0], ((0, 0), (PAD, PAD), (PAD, PAD), (0, 0)), "reflect"))
     figure = new_figure(len(titles), images * 1.02 + 0.3)
     axes = figure.subplots(images, len(titles))
@@ -112,17 +111,33 @@ def rates(rows):
 PAGE = {24: 93.92, 40: 94.71, 60: 95.15, 80: 95.20, 100: 95.30}    # cifar10-fast, bag_of_tricks
 
 
+def leads(rows, schedule, images):
+    """How far the cycle is ahead of a schedule in 12 epochs, in points, a seed a value."""
+    cycle, other = ({row["seed"]: 100 * row["averaged"] for row in best_rows(rows, *arm)}
+                    for arm in (("one cycle", 12, images), (schedule, 12, images)))
+    return [cycle[seed] - other[seed] for seed in cycle.keys() & other.keys()]
+
+
 def budget(rows):
-    """Accuracy against epochs: short runs on the left, full size and Page's runs on the right."""
-    figure = new_figure(9, 3.6)
-    left, right = figure.subplots(1, 2)
+    """Accuracy against epochs: short runs on the left, full size and Page's runs on the right.
+
+    Between them the cycle's lead against the number of images.
+    """
+    figure = new_figure(12, 3.6)
+    left, middle, right = figure.subplots(1, 3)
     for schedule, colour in (("one cycle", "tab:blue"), ("linear", "tab:green")):
         for key, style in (("averaged", "-"), ("raw", "--")):
-            found = {epochs: [100 * row[key] for row in budget_rows(rows, schedule, epochs)]
+            found = {epochs: [100 * row[key] for row in best_rows(rows, schedule, epochs)]
                      for epochs in BUDGETS}
             x = [epochs for epochs in BUDGETS if found[epochs]]
             left.plot(x, [np.mean(found[n]) for n in x], style, color=colour, marker=".",
                       label=f"{NAMES[schedule]}, {key}")
+    for schedule, colour in (("steps", "tab:orange"), ("linear", "tab:green")):
+        points = [leads(rows, schedule, images) for images in SETS]
+        middle.errorbar(SETS, [np.mean(lead) for lead in points],
+                        [np.std(lead, ddof=1) / len(lead) ** 0.5 for lead in points], marker=".",
+                        color=colour, capsize=3, label=f"over {NAMES[schedule]}")
+    middle.axhline(0, color="grey", linewidth=0.8)
     right.plot(PAGE.keys(), PAGE.values(), "-", marker=".", color="tab:green",
                label="Page's runs, stronger cutout (n = 5)")
     steps = {n: 100 * np.mean([row["averaged"] for row in pick(rows, part, schedule="steps")])
@@ -133,14 +148,17 @@ def budget(rows):
             (pick(rows, "headline"), "one cycle, Muon, averaged", "*")):
         right.plot(24, 100 * np.mean([row["averaged"] for row in same]), marker, color="tab:blue",
                    markersize=9, label=name)
-    for ax, ticks, title in ((left, BUDGETS, "short runs, SGD (n = 1; 12 epochs: 3)"),
-                             (right, (24, 48, 100), "full size")):
-        ax.set(xscale="log", xlabel="epochs", title=title)
+    for ax, ticks, x, title in (
+            (left, BUDGETS, "epochs", "short runs, SGD (n = 3)"),
+            (middle, SETS, "images", "the cycle's lead in 12 epochs (n = 3)"),
+            (right, (24, 48, 100), "epochs", "full size")):
+        ax.set(xscale="log", xlabel=x, title=title)
         ax.set_xticks(ticks, ticks)
         ax.minorticks_off()
         ax.grid(axis="y", alpha=0.3)
         ax.legend(fontsize="small", frameon=False)
     left.set(ylabel="accuracy on the test set in %")
+    middle.set(ylabel="averaged weights, in points")
     return figure
 
 

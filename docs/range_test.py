@@ -205,12 +205,14 @@ def truth(model, optimizer, batch, seed, peak):
 # -------------------------------------- the finders: each takes what `start` makes, and a range
 
 def ours(net, optimizer, loss, loader, low, high):
-    found = suggest(range_test(net, optimizer, loss, loader, lr_start=low, lr_end=high))
+    found = suggest(range_test(net, optimizer, lambda batch: loss(net(batch[0]), batch[1]), loader,
+                               lr_start=low, lr_end=high))
     return found.lr, found.lr_max, found.steepest
 
 
 def ours_in_100(net, optimizer, loss, loader, low, high):
-    found = suggest(range_test(net, optimizer, loss, loader, lr_start=low, lr_end=high, steps=100))
+    found = suggest(range_test(net, optimizer, lambda batch: loss(net(batch[0]), batch[1]), loader,
+                               lr_start=low, lr_end=high, steps=100))
     return [found.lr_max / 3]
 
 

@@ -201,11 +201,11 @@ def decays(rows):
     return lines(["weight decay", *(f"LRMAX {lr}" for lr in MAP_RATES)], body)
 
 
-def budget_rows(rows, schedule, epochs):
+def best_rows(rows, schedule, epochs, images=12500):
     """The short runs of the schedule's arm that is the best on held-out images with seed 0."""
     arms = defaultdict(list)
     for row in rows:
-        if (row["width"], row["images"]) == (32, 12500) and (
+        if (row["width"], row["images"]) == (32, images) and (
                 row["arm"].get("epochs"), row["arm"].get("schedule")) == (epochs, schedule) and (
                 row["arm"]["optimizer"] == "sgd" and "momentum" not in row["arm"]):
             arms[row["arm"]["lr"], row["arm"].get("weight_decay", 1e-3)].append(row)
@@ -214,19 +214,30 @@ def budget_rows(rows, schedule, epochs):
     return arms[max(first, key=first.get)] if first else []
 
 
+def at_their_best(rows, epochs, images, schedules):
+    """Lines of a table: each schedule at its best rate, and how far the cycle is ahead."""
+    body, cycle = [], best_rows(rows, "one cycle", epochs, images)
+    for schedule in schedules:
+        if same := best_rows(rows, schedule, epochs, images):
+            arm = same[0]["arm"]
+            body.append([NAMES[schedule], arm["lr"], arm.get("weight_decay", 0.001),
+                         mean(same, "averaged"), mean(same, "raw"), len(same),
+                         gain(cycle, same, "averaged") if same != cycle else ""])
+    return body
+
+
 def budget(rows):
-    """Schedules with and without the rise in several numbers of epochs, each at its best rate."""
-    body = []
-    for epochs in BUDGETS:
-        cycle = budget_rows(rows, "one cycle", epochs)
-        for schedule in ("one cycle", "annihilated", "no rise", "linear"):
-            if same := budget_rows(rows, schedule, epochs):
-                arm = same[0]["arm"]
-                body.append([epochs, NAMES[schedule], arm["lr"], arm.get("weight_decay", 0.001),
-                             mean(same, "averaged"), mean(same, "raw"), len(same),
-                             gain(cycle, same, "averaged") if same != cycle else ""])
-    return lines(["epochs", "schedule", "LRMAX", "decay", "averaged", "raw", "n",
-                  "the cycle's lead, averaged"], body)
+    """Schedules with and without the rise in several numbers of epochs."""
+    return lines(["epochs", *BEST], [
+        [epochs, *line] for epochs in BUDGETS for line in at_their_best(
+            rows, epochs, 12500, ("one cycle", "annihilated", "no rise", "linear"))])
+
+
+def few_images(rows):
+    """Schedules on several numbers of images, 12 epochs each."""
+    return lines(["images", *BEST], [
+        [f"{images:,}", *line] for images in SETS for line in at_their_best(
+            rows, 12, images, ("one cycle", "linear", "steps"))])
 
 
 def ladder(rows):
@@ -267,17 +278,18 @@ def finders(rows):
     """The README's table: our rates, each package's, and a constant."""
     shown = "lr", "LRMAX", "torch-lr-finder, on our range", "fastai minimum / 10"
     (_, body), (_, small) = (range_test.summary(batch, shown) for batch in (32, 8))
-    return lines(["finder", "mean regret at batch 32", "of the worst pair", "mean at batch 8"],
+    return lines(["finder", "batch 32: mean regret", "worst pair", "batch 8: mean regret"],
                  [[*a[:3], b[1]] for a, b in zip(body, small)])
 
 
-DECAYS, BUDGETS = (2.5e-4, 1e-3, 4e-3), (6, 12, 24, 48)
+DECAYS, BUDGETS, SETS = (2.5e-4, 1e-3, 4e-3), (6, 12, 24, 48), (5000, 12500, 25000)
+BEST = ["schedule", "LRMAX", "decay", "averaged", "raw", "n", "the cycle's lead, averaged"]
 RATES = 0.0125, 0.025, 0.05, 0.1, 0.2, 0.4
 TABLES = {
     "ladder": ladder, "schedules": schedules, "headline": headline, "rise": rise,
     "recipe": lambda rows: beside_the_recipe(rows, "recipe", 64, 40000),
-    "short runs": short_runs, "map": decays, "budget": budget, "lrmin": lr_min,
-    "finders": finders,
+    "short runs": short_runs, "map": decays, "budget": budget, "few images": few_images,
+    "lrmin": lr_min, "finders": finders,
     "finders, 32": lambda rows: lines(*range_test.summary(32)),
     "finders, 8": lambda rows: lines(*range_test.summary(8)),
     "pairs, 32": lambda rows: lines(*range_test.by_pair(32)),
