@@ -117,7 +117,7 @@ if triton:
         i = tl.arange(0, 4 * SIZE * SIZE)                             # (4096,)
         inside = i < 3 * SIZE * SIZE
         picture = tl.load(images + index * (SIZE * SIZE * 3) + i, mask=inside)
-        # From here on, i is just the number of a result. Their order is convenient: places 0 .. 31
+        # From here on, i just numbers the results. Their order is convenient: places 0 .. 31
         # of rows 0, 1, ..., 31, then places 32 .. 63, then the rest, so / and % become shifts.
         row, place = i // SIZE % SIZE, i // (SIZE * SIZE) * SIZE + i % SIZE
         column, channel = place // 3, place % 3
@@ -132,7 +132,7 @@ if triton:
         red, green, blue = tl.load(inverse_std), tl.load(inverse_std + 1), tl.load(inverse_std + 2)
         scale = tl.where(channel == 0, red, tl.where(channel == 1, green, blue))
         # The cutout is a scale of 0: one `where` for rows, one for columns. fma multiplies, adds 0
-        # and rounds once, as a product does; but -0.0, a dark pixel times 0, becomes 0.0 as there.
+        # and rounds once, as a product does; but -0.0, a dark pixel times 0, becomes 0.0 as in torch.
         cut_row, cut_column = row - cut_y + CUT // 2, column - cut_x + CUT // 2
         cut = tl.where((cut_column >= 0) & (cut_column < CUT), 0.0, scale)
         scale = tl.where((cut_row >= 0) & (cut_row < CUT), cut, scale)
@@ -208,8 +208,8 @@ def pick_augment(device, dtype):
         trial = torch.zeros(1, SIZE, SIZE, 3).byte(), plain_draws(1), torch.ones(3), torch.ones(3)
         fused_augment(*(tensor.to(device) for tensor in trial), dtype)
         return fused_augment
-    except Exception as error:    # Triton's errors have no common class
-        print(f"note: plain torch, not the fused kernel ({error})", file=sys.stderr)
+    except Exception as error:    # Triton's errors have no common base
+        print(f"note: plain torch augments, not the fused kernel ({error})", file=sys.stderr)
         return augment
 
 
@@ -254,7 +254,7 @@ def load(source="auto", data_dir="data"):
     if source not in ("auto", "cifar10"):
         return load_npz(source)
     folder = Path(data_dir)
-    if folder.name == "cifar-10-batches-py":                 # the files' own folder is in this one
+    if folder.name == "cifar-10-batches-py":                 # torchvision wants the folder above
         folder = folder.parent
     try:
         return load_cifar10(folder)
@@ -268,7 +268,7 @@ def load(source="auto", data_dir="data"):
 def load_cifar10(folder):
     """CIFAR-10 from a folder, downloaded (170 MB) where missing; torchvision checks MD5 sums.
 
-    FileNotFoundError: nothing is there, and no download; any other OSError: the files are damaged.
+    FileNotFoundError: nothing is there, and the download failed. OSError: the files are damaged.
     """
     from torchvision.datasets import CIFAR10                 # takes a second: only where needed
     names = CIFAR10.base_folder, CIFAR10.filename
@@ -281,8 +281,8 @@ def load_cifar10(folder):
         train, test = (CIFAR10(folder, train=part, download=part) for part in (True, False))
     except Exception as error:         # OSError, RuntimeError, pickle's, tarfile's ...
         kind = OSError if there else FileNotFoundError
-        raise kind(f"CIFAR-10 is incomplete in '{folder}' and cannot be downloaded ({error}): "
-                   f"put {CIFAR10.filename} there, or see --data in -h") from error
+        raise kind(f"CIFAR-10 is missing or incomplete in '{folder}' and cannot be downloaded "
+                   f"({error}): put {CIFAR10.filename} there, or see --data in -h") from error
     finally:
         socket.setdefaulttimeout(patience)
     # torchvision's arrays are transposed views; make_dataset copies them into rows of pixels.
@@ -310,7 +310,7 @@ def load_npz(path):
 def make_dataset(name, arrays, classes=(), **options):
     """A Dataset of four arrays, train and test, each images and labels.
 
-    Labels may also be (N, 1). Without `classes`, their names, they are 0, 1, ... up to the largest.
+    Labels may also be (N, 1). Without `classes` the names are 0, 1, ... up to the largest label.
     ValueError says what is wrong with the arrays.
     """
     tensors = []

@@ -12,7 +12,7 @@ watches the accuracy):
 
     sweep    lr_k = lr_start * (lr_end / lr_start) ^ (k / (steps - 1)),    k = 0 .. steps - 1
     LRMAX    the rate at the minimum of the smoothed curve before the first rise that exceeds both
-             15 % of the whole fall and the noise; if noise leaves several, the last of them
+             15 % of the whole fall and the noise; of minima tied within the noise, the last
     lr       LRMAX / 2, the peak to train with
     LRMIN    LRMAX / 10, where a cycle up to LRMAX starts (Smith, arXiv 1803.09820, section 4.1)
 
@@ -28,8 +28,8 @@ network has batch normalisation, goes up to LRMAX.
     found, message = report(curve, "lr_range.png")
     print(message)                       # lr ... LRMAX ... LRMIN ... steepest ..., or what to try
 
-This file stands alone: it needs torch and numpy, and matplotlib to draw. For Adam sweep from
-lr_start=1e-5 to lr_end=1.
+This file stands alone: it needs torch and numpy, and matplotlib to draw. For Adam, sweep
+from lr_start=1e-5 to lr_end=1.
 
     python lrfinder.py       only the range test that train.py runs; see -h (needs the other files)
 """
@@ -49,7 +49,7 @@ HALF_WINDOW = 7           # points to either side when smoothing (n / 20 if larg
 MEDIAN = 5                # points in the running median: two outliers do not move it
 RISE = 0.15               # of the whole fall: a smaller rise does not end the descent
 FALL = 0.10               # of the starting loss: a curve that falls less shows nothing
-REBOUND = 0.5             # of what was gained: once as much is lost again, the sweep can end
+REBOUND = 0.5             # of the gain: once this much is lost again, the sweep can end
 RUNAWAY = 3.0             # without a gain: stop when the loss has risen by 3 times its start
 SIGNIFICANT = 6.0         # standard deviations: a larger difference is not noise
 TIED = 1.0                # standard deviation: a smaller difference is a tie
@@ -84,16 +84,16 @@ def range_test(model, optimizer, loss, batches, *, lr_start=LR_START, lr_end=LR_
                scaler=None):
     """Train on `batches` with a growing learning rate and return the Curve; restore everything.
 
-    model: an nn.Module that holds all that trains (a loss with parameters, too: nn.ModuleList), and
-    its optimizer. loss(batch): the scalar loss of a batch, computed as in training; it moves the
-    batch to the GPU and applies autocast, if training does. batches: an iterable, restarted when
-    exhausted. scaler: a GradScaler for mixed precision. Under DistributedDataParallel call it on
-    every rank; it averages the losses.
+    model: an nn.Module that holds everything that is trained, even a loss's parameters (use
+    nn.ModuleList). optimizer: its optimizer. loss(batch): the scalar loss of a batch, computed as
+    in training; it moves the batch to the GPU and applies autocast, if training does. batches: an
+    iterable, restarted when exhausted. scaler: a GradScaler for mixed precision. Under
+    DistributedDataParallel call it on every rank; it averages the losses.
 
     Point k is the loss of batch k *before* the step with lr_k. lr_k applies to the parameter group
     with the largest rate; the others keep their ratio to it. A model in training mode keeps the
     mode of each layer, so frozen ones stay frozen. The sweep ends early when LRMAX has been passed
-    (see `enough`), when the loss is not finite (and is dropped), or when a generator is exhausted.
+    (see `enough`), when a loss is not finite (it is dropped), or when a generator is exhausted.
     ValueError: an impossible sweep or optimizer.
     """
     if not 0 < lr_start < lr_end or steps < 2:
@@ -127,8 +127,8 @@ def range_test(model, optimizer, loss, batches, *, lr_start=LR_START, lr_end=LR_
             scaler.update()
         else:
             if len(losses) < steps:
-                ended = (f"got only {len(losses)} of {steps} batches; pass an iterable that does "
-                         f"not end, or fewer steps")
+                ended = (f"got only {len(losses)} of {steps} batches; pass a DataLoader, an "
+                         f"endless iterator, or fewer steps")
     return Curve(lrs[:len(losses)], losses, ended)
 
 
@@ -137,15 +137,14 @@ def enough(losses):
 
     The usual rule, 4 times the lowest loss, fails in two ways: with batch normalisation the loss
     stays bounded, as the weights' scale does not matter; and when the loss is almost 0, noise alone
-    triggers it. Medians of the last 5 losses, the 5 before those, and so on: no single bad batch
-    decides.
+    triggers it. It compares medians of 5 losses each, so no single bad batch decides.
     """
     if len(losses) < FEWEST + MEDIAN:
         return False
     medians = np.median(np.reshape(losses[len(losses) % MEDIAN:], (-1, MEDIAN)), axis=1)
     start, lowest = np.median(losses[:FEWEST]), min(medians)
     gained = start - lowest
-    # abs: a loss may be negative, as -log of a density.
+    # abs: a loss may be negative, such as -log of a density.
     threshold = REBOUND * gained if gained > FALL * abs(start) else gained + RUNAWAY * abs(start)
     # The noise of the last third too: before anything is learned, batches hardly differ.
     sigma = max(noise(losses), noise(losses[len(losses) * 2 // 3:]))
@@ -161,7 +160,7 @@ def suggest(curve):
 
     lrs, losses = curve.lrs, curve.losses
     if len(losses) < FEWEST:
-        raise not_found(f"the sweep has only {len(losses)} points, {FEWEST} are needed",
+        raise not_found(f"the sweep has only {len(losses)} of the {FEWEST} points needed",
                         "start it at a lower learning rate or use more steps")
     smoothed, half = smooth(losses), half_window(len(losses))
     # After smoothing about 3 / (4 (half + 1)) of a single loss's variance is left.
@@ -180,7 +179,7 @@ def suggest(curve):
         elif (start - smoothed[best] > fall / 2
               and value - smoothed[best] > max(RISE * fall, SIGNIFICANT * sigma)):
             break
-    else:                                 # no break; after one, k is where the clear rise is seen
+    else:                                 # no break (if there was one, k marks the clear rise)
         raise not_found("the loss falls to the end of the sweep", "raise its highest learning rate")
     if best < FEWEST // 2:                                # `start` was measured after the minimum
         raise not_found("the loss only rises", "start the sweep lower")
@@ -247,7 +246,7 @@ def plot(curve, ax, suggestion=None):
 def report(curve, path):
     """Plot the curve to the file `path`; return (Suggestion or None, one line of text).
 
-    A picture that cannot be drawn or written does not cost the answer; the text says why.
+    If the picture cannot be drawn or written, the answer is still returned; the text says why.
     """
     try:
         found = suggest(curve)
@@ -279,9 +278,9 @@ def everything_restored(model, optimizer):
     tensors = [*parameters, *(p.grad for p in parameters if p.grad is not None),
                *(v for d in dicts for v in d.values() if torch.is_tensor(v))]
     if any(torch.nn.parameter.is_lazy(tensor) for tensor in tensors):
-        raise ValueError("the model has lazy layers: run a batch through it first, then it has "
-                         "parameters that can be restored")
-    # ExitStack runs every callback, the last first, even if one raises.
+        raise ValueError("the model has lazy layers: run a batch through it first, so that "
+                         "its parameters exist")
+    # ExitStack runs every callback in reverse order, even if one raises.
     with torch.random.fork_rng(range(torch.cuda.device_count())), contextlib.ExitStack() as undo:
         undo.callback(random.setstate, random.getstate())
         undo.callback(np.random.set_state, np.random.get_state())
@@ -302,7 +301,7 @@ def everything_restored(model, optimizer):
 
 def mean_over_ranks(model, value):
     """The loss as a number, averaged over ranks so that all of them stop at the same step."""
-    for module in model.modules():                        # it may be wrapped, as by torch.compile
+    for module in model.modules():                        # it may be wrapped, e.g. by torch.compile
         if isinstance(module, torch.nn.parallel.DistributedDataParallel):
             total = value.detach().clone()
             torch.distributed.all_reduce(total, group=module.process_group)

@@ -1,4 +1,4 @@
-"""The network, and Muon, the optimizer that goes with its batch normalisation.
+"""The network, and Muon, an optimizer that relies on its batch normalisation.
 
 A residual network of eight convolutions, David Page's ResNet-9 with pooling before normalisation:
 
@@ -21,7 +21,7 @@ import torch
 from torch import nn
 
 # What training and the range test must share: otherwise the test would measure another setup.
-MOMENTUM = {"muon": 0.6, "sgd": 0.9}           # Nesterov's; 0.6 as in airbench94_muon
+MOMENTUM = {"muon": 0.6, "sgd": 0.9}           # Nesterov momentum; 0.6 as in airbench94_muon
 WEIGHT_DECAY = 1e-3                            # not for Muon's convolutions: their norm is fixed
 LOGIT_SCALE = 0.125                            # see CustomResNet.forward
 
@@ -86,7 +86,7 @@ def orthogonal(matrix, dtype=torch.float32):
 
     No decomposition is computed. X X^T X = U S^3 V^T, so products alone can replace every singular
     value s by a s + b s^3 + c s^5. Divide the matrix by its norm; then three rounds with Jordan's
-    a, b and c map values from 0.02 to 1 to 0.68 .. 1.21 (in bf16). Smaller ones grow 41-fold at
+    a, b and c map 0.02 .. 1 to 0.68 .. 1.21 (in bf16). Smaller ones grow 41-fold at
     most. dtype: of the arithmetic and the result.
     """
     a, b, c = 3.4445, -4.7750, 2.0315
@@ -109,8 +109,8 @@ class Muon(torch.optim.Optimizer):
     A gradient is large in a few directions, those in which the loss is steep. SGD hardly moves in
     the others; an orthogonal step goes about equally far in all. Batch normalisation behind a
     convolution cancels any rescaling of its weights, so their norm is not decayed but fixed, at
-    sqrt(n). That is the norm of n orthonormal rows, too: a step is about lr times as large as the
-    weights (0.65 lr in `prep`, where 64 rows have only 27 numbers each).
+    sqrt(n). That is also the norm of n orthonormal rows, so a step is about lr times as large as
+    the weights (0.65 lr in `prep`, where 64 rows have only 27 numbers each).
 
         Muon([{"params": convolutions, "orthogonal": True}, {"params": others}], 0.1, 0.6, 1e-3)
 

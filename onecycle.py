@@ -21,7 +21,7 @@ average the weights, pass end=0.
         schedule.set(k)                   # before the optimizer's step
         ...
 
-Source: L. Smith, arXiv 1803.09820; with N. Topin, arXiv 1708.07120. Smith's momentum falls
+Sources: L. Smith, arXiv 1803.09820; with N. Topin, arXiv 1708.07120. Smith's momentum falls
 while the rate rises; here it is constant.
 """
 import torch
@@ -38,7 +38,7 @@ def one_cycle(step, total, peak, lr_max, start=1 / 10, end=1 / 10):
     if step < peak:
         share = start + (1 - start) * step / peak
     else:
-        share = 1 - (1 - end) * (step - peak) / max(total - 1 - peak, 1)   # P may be the last step
+        share = 1 - (1 - end) * (step - peak) / max(total - 1 - peak, 1)   # the peak may be last
     return lr_max * share
 
 

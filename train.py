@@ -123,7 +123,7 @@ def make_step(net, optimizer, scaler, loss_function=nll_loss):
 def as_graph(step, warmup=3):
     """`step`, recorded as a CUDA graph after `warmup` calls, and from then on replayed.
 
-    step: a function of tensors that returns tensors, the shapes always the same. A step is hundreds
+    step: a function of tensors that returns tensors, whose shapes never change. A step is hundreds
     of kernels, and Python may take longer to launch them than the GPU to run them; a graph is one
     launch. It reads and writes the same memory each time: a batch is copied there, and the results
     are valid until the next call.
@@ -167,7 +167,7 @@ def measure_statistics(average, loader, seed, epoch):
 
 @torch.no_grad()
 def accuracy(net, batches, flip=False):
-    """The fraction of images classified correctly; flip: averaged with their mirror images."""
+    """The fraction of images classified correctly; flip: average each with its mirror image."""
     net.eval()
     correct, seen = 0, 0
     for inputs, labels in batches:
@@ -379,7 +379,7 @@ def read_checkpoint(path):
         return {name: content[name] for name in names}
     except FileNotFoundError:
         sys.exit(f"there is no {path} to resume from")
-    except Exception as error:                           # damage raises a dozen kinds
+    except Exception as error:                           # damage raises a dozen kinds of error
         sys.exit(f"{path} is damaged, or not a checkpoint of train.py ({error})")
 
 
@@ -404,19 +404,19 @@ def make_parser(only_search):
     parser = argparse.ArgumentParser(argument_default=argparse.SUPPRESS, description=(
         lrfinder if only_search else sys.modules[__name__]).__doc__.split("\n")[0])
     add, path = parser.add_argument, os.path.expanduser
-    add("--data", metavar="SET", type=path, help="auto: CIFAR-10, downloaded if need be, else "
-        "drawn shapes (default); cifar10; synthetic: drawn shapes; or an .npz with train_images, "
+    add("--data", metavar="SET", type=path, help="auto (default): CIFAR-10, downloaded if need "
+        "be, else drawn shapes; cifar10; synthetic: drawn shapes; or an .npz with train_images, "
         "train_labels, test_images and test_labels: uint8 N x 32 x 32 x 3 and integers")
     add("--data-dir", metavar="DIR", type=path,
-        help="where CIFAR-10 is, or is downloaded to (data)")
-    add("--optimizer", choices=("muon", "sgd"), help="(muon)")
+        help="where CIFAR-10 is, or is downloaded to (default: data)")
+    add("--optimizer", choices=("muon", "sgd"), help="(default: muon)")
     add("--batch-size", metavar="N", type=int, help="(512, or all images if fewer; shapes: 64)")
-    add("--seed", metavar="N", type=int, help="(0)")
+    add("--seed", metavar="N", type=int, help="(default: 0)")
     if not only_search:
         add("--epochs", metavar="N", type=int, help="(24; shapes: 8)")
         add("--lr-max", metavar="LR", type=float, help="use this LRMAX, skip the range test")
         add("--runs", metavar="N", type=int,
-            help="train with N seeds, starting at --seed; mean and std")
+            help="train with N seeds, starting at --seed; print mean and std")
         add("--out", metavar="DIR", type=path,
             help="folder for the results (the first free one of runs/1, ...)")
         add("--resume", metavar="DIR", type=path, help="continue the run in DIR; only --data and "
@@ -425,7 +425,7 @@ def make_parser(only_search):
 
 
 def run(parser, only_search):
-    """What the command line asks for: one run, a resumed one, --runs of them, or only a search."""
+    """What the command line asks for: one run, a resumed one, --runs of them, or a range test."""
     given = vars(parser.parse_args())                    # without what was left out
     for name, (least, most) in LIMITS.items():
         if not least <= given.get(name, least) <= most:
@@ -446,7 +446,7 @@ def run(parser, only_search):
     settings = {"epochs": data.epochs, "batch_size": data.batch_size, **settings}
     size = [len(data.train_images), len(data.test_images), len(data.classes)]
     if settings.setdefault("size", size) != size:
-        sys.exit(f"{data.name} has {size} training images, test images and classes, the run "
+        sys.exit(f"{data.name} has {size} training images, test images and classes, but the run "
                  f"{settings['size']}: point --data or --data-dir at the run's own")
     loader = Loader(data, settings["batch_size"], precision(device), device)
     settings["batch_size"] = loader.batch_size
@@ -468,7 +468,7 @@ def run(parser, only_search):
 
 
 def reuse_freed_memory():
-    """Let glibc keep freed memory instead of mapping new pages, which costs time to clear."""
+    """Let glibc keep freed memory instead of mapping new pages, which take time to clear."""
     libc = ctypes.CDLL(None) if sys.platform == "linux" else None
     if hasattr(libc, "mallopt"):
         libc.mallopt(-4, 0)              # M_MMAP_MAX: no mappings ...
@@ -477,7 +477,7 @@ def reuse_freed_memory():
 
 def main(only_search=False):
     if hasattr(sys.stdout, "reconfigure"):                    # a notebook's lacks it
-        sys.stdout.reconfigure(errors="backslashreplace")     # some terminals lack letters
+        sys.stdout.reconfigure(errors="backslashreplace")     # some cannot print every letter
     if not hasattr(sys, "ps1"):                               # leave a notebook's memory alone
         reuse_freed_memory()
     try:

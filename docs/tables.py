@@ -27,7 +27,18 @@ ARMS = {
     "{'smoothing': 0.2}": "label smoothing 0.2", "{'decay': 0.995}": "average with d up to 0.995",
     "{'flip': 'coin'}": "an image mirrored by chance in each epoch",
     "{'sharpness': 2.0}": "logits x 1/4", "{'weight_decay': 0.0}": "no weight decay",
-    "{'momentum': 0.9}": "momentum 0.9", "{'sharpness': 8.0}": "logits as they are"}
+    "{'momentum': 0.9}": "momentum 0.9", "{'sharpness': 8.0}": "logits as they are",
+    "{'fc': 8, 'norms': 8}": "last layer and norms at 8 times the rate",
+    "{'fc': 8}": "last layer at 8 times the rate", "{'norms': 8}": "norms at 8 times the rate",
+    "{'fc': 8, 'norms': 8, 'weight_decay': 0.000125}": "both, with an eighth of the decay",
+    "{'fc': 8, 'norms': 8, 'smoothing': 0.2}": "both, with label smoothing 0.2",
+    "{'start_from': 'identity'}": "widening convolutions start as the identity",
+    "{'start_from': 'patches'}": "first layer starts as the patches' eigenvectors",
+    "{'start_from': 'patches, frozen'}": "the same, and frozen",
+    "{'ghost': True}": "batch normalisation of 128 images at a time",
+    "{'momentum': '0.6 .. 0.85'}": "momentum up to 0.85 in the last quarter",
+    "{'decay': 0.995, 'lr': 0.125}": "average with d up to 0.995, LRMAX 0.125",
+    "{'decay': 0.998, 'lr': 0.125}": "average with d up to 0.998, LRMAX 0.125"}
 
 
 def pick(rows, part, width=64, images=None, **arm):
@@ -288,6 +299,7 @@ RATES = 0.0125, 0.025, 0.05, 0.1, 0.2, 0.4
 TABLES = {
     "ladder": ladder, "schedules": schedules, "headline": headline, "rise": rise,
     "recipe": lambda rows: beside_the_recipe(rows, "recipe", 64, 40000),
+    "choices": lambda rows: beside_the_recipe(rows, "choices", 32, 25000),
     "short runs": short_runs, "map": decays, "budget": budget, "few images": few_images,
     "lrmin": lr_min, "finders": finders,
     "finders, 32": lambda rows: lines(*range_test.summary(32)),
