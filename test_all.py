@@ -1119,8 +1119,8 @@ def test_steepest(lrs, middle, noise):
     (curve_of((99, 2.3, 1.3), (1, 1.6, 1.6)), "falls to the end.*raise"),
     (curve_of((50, 3, 1), ended="it is torn"), "falls to the end.*it is torn"),
     (curve_of((30, 3, 3), ended="it is torn"), "never falls.*it is torn"),
-    (curve_of((3, 3, 1), ended="it is torn"), "3 points.*it is torn"),
-    (curve_of((3, 2.3, 1), (4, 1, 3)), "7 points.*more steps"), (Curve([], []), "points")])
+    (curve_of((3, 3, 1), ended="it is torn"), "3 of the 10.*it is torn"),
+    (curve_of((3, 2.3, 1), (4, 1, 3)), "7 of the 10.*more steps"), (Curve([], []), "points")])
 def test_not_found(curve, words):
     """What the curve shows and what to try; if the sweep ended early, the reason in its place."""
     with pytest.raises(NotFound, match=words):
