@@ -275,7 +275,7 @@ def everything_restored(model, optimizer):
     """
     parameters = {*model.parameters(), *(p for g in optimizer.param_groups for p in g["params"])}
     dicts = [optimizer.state, *optimizer.param_groups, *(m._buffers for m in model.modules())]
-    tensors = [*parameters, *(p.grad for p in parameters if p.grad is not None),
+    tensors = [*parameters, *(p.grad for p in parameters if p.grad is not None),   # DDP reuses them
                *(v for d in dicts for v in d.values() if torch.is_tensor(v))]
     if any(torch.nn.parameter.is_lazy(tensor) for tensor in tensors):
         raise ValueError("the model has lazy layers: run a batch through it first, so that "

@@ -86,7 +86,8 @@ PARTS = {
     # Where images are few: with --width 32, and --images 5000, 12500, 25000.
     "few images": [sgd(schedule, lr, epochs=12) for lr in (0.4, 0.8, 0.2)
                    for schedule in ("one cycle", "steps")]
-    + [sgd("steps", 0.1, epochs=12), sgd("linear", 0.2, epochs=12, weight_decay=4e-3)],
+    + [sgd("steps", 0.1, epochs=12), sgd("linear", 0.4, epochs=12),
+       sgd("linear", 0.2, epochs=12, weight_decay=4e-3)],
     # What the range test's answer is worth: shares of LRMAX, and other LRMIN.
     "range": [make("one cycle", lr * factor) for factor in (1, 2, 1 / 2, 4, 1 / 4)
               for make, lr in ((muon, 0.1), (sgd, 0.2))]

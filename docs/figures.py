@@ -158,7 +158,7 @@ def budget(rows):
         ax.grid(axis="y", alpha=0.3)
         ax.legend(fontsize="small", frameon=False)
     left.set(ylabel="accuracy on the test set in %")
-    middle.set(ylabel="averaged weights, in points")
+    middle.set(ylabel="points ± standard error, averaged weights")
     return figure
 
 
