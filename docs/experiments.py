@@ -69,6 +69,8 @@ PARTS = {
                for schedule, lr, more in (("one cycle", 0.8, {}), ("one cycle", 0.4, {}),
                                           ("linear", 0.4, {}),
                                           ("linear", 0.2, {"weight_decay": 4e-3}))],
+    "budget-100": [sgd("one cycle", 0.4, epochs=100), sgd("linear", 0.2, epochs=100),
+                   sgd("linear", 0.2, epochs=100, weight_decay=4e-3)],
     # Short runs, with --width 32 --images 12500 as the budgets above: what rates train with a rise
     # and without one, and LRMAX against weight decay.
     "map": [sgd("one cycle", lr, epochs=12, weight_decay=1e-3) for lr in MAP_RATES],
