@@ -132,7 +132,7 @@ if triton:
         red, green, blue = tl.load(inverse_std), tl.load(inverse_std + 1), tl.load(inverse_std + 2)
         scale = tl.where(channel == 0, red, tl.where(channel == 1, green, blue))
         # The cutout is a scale of 0: one `where` for rows, one for columns. fma multiplies, adds 0
-        # and rounds once, as a product does; but -0.0, a dark pixel times 0, becomes 0.0 as in torch.
+        # and rounds once, as a product does; -0.0, a dark pixel times 0, becomes 0.0 as in torch.
         cut_row, cut_column = row - cut_y + CUT // 2, column - cut_x + CUT // 2
         cut = tl.where((cut_column >= 0) & (cut_column < CUT), 0.0, scale)
         scale = tl.where((cut_row >= 0) & (cut_row < CUT), cut, scale)

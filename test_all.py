@@ -340,7 +340,8 @@ def test_schedule_edges(total, peak):
 def test_schedule_groups():
     """Groups keep their ratio in any order of steps; a tensor, which a graph reads, is filled.
 
-    Loading a state replaces the optimizer's groups: the new ones get the rates.
+    Loading a state replaces the optimizer's groups: the new ones get the rates. After a warm-up
+    from 0 the ratio is that of the rates before it.
     """
     rates = [1, torch.tensor(2.0), 0.5]
     optimizer = make_sgd(*rates)
@@ -354,6 +355,10 @@ def test_schedule_groups():
     optimizer.load_state_dict(make_sgd(7, 8, 9).state_dict())
     schedule.set(10)
     assert [group["lr"] for group in optimizer.param_groups] == pytest.approx([0.2, 0.4, 0.1])
+    warmed = make_sgd(0.5, 1)
+    torch.optim.lr_scheduler.LambdaLR(warmed, lambda step: step / 10)
+    onecycle.OneCycle(warmed, 50, 10, 0.4).set(10)
+    assert [group["lr"] for group in warmed.param_groups] == pytest.approx([0.2, 0.4])
 
 
 @each("peak, rates, words", [(0.3, [1], "peak 0.3 .* round"), (50, [1], "peak 50"),

@@ -81,7 +81,7 @@ def rates(rows):
     figure = new_figure(9, 3.6)
     left, right = figure.subplots(1, 2, width_ratios=(3, 2))
     for part, name, colour in (("map", "with the rise", "tab:blue"),
-                               ("map no rise", "straight down from LRMAX", "tab:orange")):
+                               ("map no rise", "straight down to LRMIN", "tab:orange")):
         for key, style in (("averaged", "-"), ("raw", "--")):
             found = {lr: [100 * row[key] for row in pick(rows, part, 32, 12500, lr=lr)]
                      for lr in MAP_RATES}
@@ -90,6 +90,10 @@ def rates(rows):
                       label=f"{name}, {key} weights")
             left.fill_between(x, [min(found[lr]) for lr in x], [max(found[lr]) for lr in x],
                               color=colour, alpha=0.15, linewidth=0)
+    fall = best_rows(rows, "linear", 12)
+    left.plot(fall[0]["arm"]["lr"], 100 * np.mean([row["averaged"] for row in fall]), "*",
+              color="tab:green", markersize=11,
+              label=f"straight down to 0, decay {fall[0]['arm']['weight_decay']}, averaged")
     left.set(xscale="log", xlabel="LRMAX", ylabel="accuracy on the test set in %",
              title="What the rise buys (SGD, short runs)")
     left.set_xticks(MAP_RATES, MAP_RATES)
