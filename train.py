@@ -470,7 +470,7 @@ def run(parser, only_search):
 def reuse_freed_memory():
     """Let glibc keep freed memory instead of mapping new pages, which take time to clear.
 
-    On two cores of Zen 5 an epoch takes a fifth longer without it (18.3 s, not 15.2; n = 3).
+    On two CPU cores an epoch takes a fifth longer without it (docs/measurements.md).
     """
     libc = ctypes.CDLL(None) if sys.platform == "linux" else None
     if hasattr(libc, "mallopt"):
