@@ -83,8 +83,8 @@ def augment(images, draws, mean, inverse_std, dtype):
     rows = images.view(-1, SIZE * 3).index_select(0, (index * SIZE + y).flatten())
     rows = rows.view(-1, SIZE, SIZE * 3)                                           # (B, 32, 96)
     pixels = rows.gather(2, (x * 3 + channel)[:, None].expand_as(rows))            # (B, 32, 96)
-    # Subtract, then multiply: that rounds twice everywhere, so every device gives the same bits.
-    # pixel * scale + shift may become one multiply-add on some, which rounds once.
+    # Subtract, then multiply: two roundings on every device, hence the same bits. Some devices
+    # would round pixel * scale + shift only once, as one multiply-add.
     values = (pixels - mean.repeat(SIZE)) * inverse_std.repeat(SIZE)               # (B, 32, 96)
     # Cut out rows cut_y - 4 .. cut_y + 3 and columns likewise; 0 is now the mean colour.
     cut_row, cut_column = row - cut_y + CUT // 2, column - cut_x + CUT // 2

@@ -229,8 +229,8 @@ def print_header(schedule, total, settings, out, history):
     """Print the schedule, and the table's head with the epochs that a resumed run already has."""
     epochs, peak = settings["epochs"], schedule.cycle[1]
     print(f"schedule  {settings['optimizer']}, {epochs} epochs of {total // epochs} steps of "
-          f"{settings['batch_size']}: learning rate {schedule.at(0):.3g}, {schedule.at(peak):.3g} "
-          f"at step {peak}, {schedule.at(total - 1):.3g} at the end; seed {settings['seed']}\n"
+          f"{settings['batch_size']}: LRMIN {schedule.at(0):.3g}, LRMAX {schedule.at(peak):.3g} at "
+          f"step {peak}, LRMIN {schedule.at(total - 1):.3g} at the end; seed {settings['seed']}\n"
           f"results   {out}\n\n{HEADER}")
     for row in history:
         print(ROW.format(**row))

@@ -25,7 +25,7 @@ from torch.nn.functional import cross_entropy, unfold
 
 import train
 from data import FLIP, INDEX, Loader, draw_epoch, load
-from model import make_model, make_optimizer, make_scaler, pick_device, precision
+from model import autocast, make_model, make_optimizer, make_scaler, pick_device, precision
 from onecycle import OneCycle, one_cycle
 
 HERE = Path(__file__).parent
@@ -34,7 +34,7 @@ COMMIT = "cdace6e"        # the first at which a seed draws the random numbers t
 RECIPE = {"optimizer": "muon", "schedule": "one cycle", "lr": 0.1, "epochs": 24, "start": 0.1,
           "end": 0.1, "smoothing": 0.0, "sharpness": 1.0, "decay": train.AVERAGE_DECAY,
           "momentum": None, "weight_decay": 1e-3, "flip": "alternating", "share": None,
-          "fc": 1, "norms": 1, "start_from": None, "ghost": False}
+          "fc": 1, "norms": 1, "start_from": None, "ghost": False, "uphill": 0.0, "teacher": 0.0}
 
 
 def sgd(schedule, lr, **more):
@@ -85,6 +85,8 @@ PARTS = {
     "map cosine": [sgd("cosine", lr, epochs=12) for lr in (0.4, 0.2, 0.8)],
     "map annihilated": [sgd("annihilated", lr, epochs=12) for lr in (0.8, 0.4, 0.2)],
     "map warm-up": [sgd("warm-up", lr, epochs=12) for lr in (0.8, 0.2)],
+    "map ends": [sgd("one cycle", 0.8, epochs=12, **{which: share})        # the first and last rate
+                 for which in ("end", "start") for share in (1 / 3, 1 / 30)],
     # Where images are few: with --width 32, and --images 5000, 12500, 25000.
     "few images": [sgd(schedule, lr, epochs=12) for lr in (0.4, 0.8, 0.2)
                    for schedule in ("one cycle", "steps")]
@@ -101,12 +103,15 @@ PARTS = {
                {"sharpness": 8.0}, {"flip": "coin"}, {"momentum": 0.9}, {"weight_decay": 0.0}],
     # What has never been tuned: the rates of what Muon leaves to SGD, the last layer and the norms'
     # scales and biases, as multiples of the convolutions'; where the weights start; how many images
-    # batch statistics are of; larger last steps.
+    # batch statistics are of; larger last steps; gradients taken a little uphill in the last five
+    # epochs; the network's own answer of an epoch ago as a part of the label.
     "choices": [{}, {"fc": 8, "norms": 8}, {"fc": 8}, {"norms": 8},
                 {"fc": 8, "norms": 8, "weight_decay": 1.25e-4}, {"start_from": "identity"},
                 {"start_from": "patches"}, {"start_from": "patches, frozen"}, {"ghost": True},
                 {"momentum": "0.6 .. 0.85"}, {"decay": 0.995, "lr": 0.125},
-                {"decay": 0.998, "lr": 0.125}, {"fc": 8, "norms": 8, "smoothing": 0.2}],
+                {"decay": 0.998, "lr": 0.125}, {"fc": 8, "norms": 8, "smoothing": 0.2},
+                {"uphill": 0.2}, {"teacher": 0.5}, {"fc": 2, "norms": 2, "smoothing": 0.2},
+                {"fc": 32}],
 }
 
 
@@ -160,6 +165,57 @@ class GhostNorm(nn.BatchNorm2d):
         return torch.cat([super(GhostNorm, self).forward(part) for part in x.split(128)])
 
 
+class Teacher:
+    """Cross-entropy against labels mixed with what the network said of each image an epoch ago.
+
+    Its share grows from 0 to `share` over the run (Kim et al., arXiv 2006.12000). The loader then
+    gives each image's index in place of its label, so its training accuracy means nothing.
+    """
+
+    def __init__(self, loader, share):
+        self.right = nn.functional.one_hot(loader.train_labels, len(loader.data.classes)).float()
+        self.said = self.right.clone()                                             # (N, classes)
+        loader.train_labels = torch.arange(len(self.right), device=loader.device)
+        self.share, self.now = share, torch.zeros((), device=loader.device)
+
+    def begin(self, fraction):
+        self.now.fill_(self.share * fraction)
+
+    def loss(self, log_probabilities, index):
+        target = torch.lerp(self.right[index], self.said[index], self.now)
+        self.said[index] = log_probabilities.detach().exp()
+        return cross_entropy(log_probabilities, target)
+
+
+def make_uphill_step(net, optimizer, loss_function, distance):
+    """A step by the gradient a little way uphill (SAM: Foret et al., arXiv 2010.01412)."""
+    weights = [*net.parameters()]
+
+    def gradient(inputs, labels):
+        with autocast(inputs.device):
+            log_probabilities = net(inputs)
+            loss = loss_function(log_probabilities, labels)
+        optimizer.zero_grad()
+        loss.backward()
+        return loss.detach(), (log_probabilities.argmax(1) == labels).sum()
+
+    def step(inputs, labels):
+        result = gradient(inputs, labels)
+        with torch.no_grad():
+            length = torch.stack([w.grad.norm() for w in weights]).norm()
+            uphill = [w.grad * (distance / length) for w in weights]
+            for w, u in zip(weights, uphill):
+                w.add_(u)
+        gradient(inputs, labels)
+        with torch.no_grad():
+            for w, u in zip(weights, uphill):
+                w.sub_(u)
+        optimizer.step()
+        return result
+
+    return step
+
+
 @torch.no_grad()
 def change(net, arm, images):
     """Set the arm's initial weights and batch statistics."""
@@ -207,11 +263,17 @@ def run(arm, seed, loader, held_out, compiled):
         net.compile()
     optimizer = make_arms_optimizer(net, arm)
     arm = {**arm, "lr": arm["lr"] * max(1, arm["fc"], arm["norms"])}       # the largest group's
-    step = train.make_step(net, optimizer, make_scaler(loader.device), lambda log_p, labels: (
-        cross_entropy(log_p * arm["sharpness"], labels, label_smoothing=arm["smoothing"])))
+    teacher = Teacher(loader, arm["teacher"]) if arm["teacher"] else None
+    loss_function = teacher.loss if teacher else lambda log_p, labels: (
+        cross_entropy(log_p * arm["sharpness"], labels, label_smoothing=arm["smoothing"]))
+    step = train.make_step(net, optimizer, make_scaler(loader.device), loss_function)
     train.AVERAGE_DECAY, epochs = arm["decay"], arm["epochs"]
     schedule, history = Schedule(optimizer, epochs * len(loader), arm), []
     for epoch in range(epochs):
+        if teacher:
+            teacher.begin(epoch / epochs)
+        if arm["uphill"] and epoch == epochs - 5:
+            step = make_uphill_step(net, optimizer, loss_function, arm["uphill"])
         row = train.train_epoch(net, average, step, schedule, loader, seed, epoch)
         on_the_way = epoch % 4 == 3 and epochs >= 24 and loader.device.type == "cuda"
         if on_the_way or epoch == epochs - 1:            # a CPU would test for 6 seconds each time

@@ -29,7 +29,8 @@ ARMS = {
     "{'sharpness': 2.0}": "logits x 1/4", "{'weight_decay': 0.0}": "no weight decay",
     "{'momentum': 0.9}": "momentum 0.9", "{'sharpness': 8.0}": "logits as they are",
     "{'fc': 8, 'norms': 8}": "last layer and norms at 8 times the rate",
-    "{'fc': 8}": "last layer at 8 times the rate", "{'norms': 8}": "norms at 8 times the rate",
+    "{'fc': 8}": "last layer at 8 times the rate", "{'fc': 32}": "last layer at 32 times the rate",
+    "{'norms': 8}": "norms at 8 times the rate",
     "{'fc': 8, 'norms': 8, 'weight_decay': 0.000125}": "both, with an eighth of the decay",
     "{'fc': 8, 'norms': 8, 'smoothing': 0.2}": "both, with label smoothing 0.2",
     "{'start_from': 'identity'}": "widening convolutions start as the identity",
@@ -38,7 +39,10 @@ ARMS = {
     "{'ghost': True}": "batch normalisation of 128 images at a time",
     "{'momentum': '0.6 .. 0.85'}": "momentum up to 0.85 in the last quarter",
     "{'decay': 0.995, 'lr': 0.125}": "average with d up to 0.995, LRMAX 0.125",
-    "{'decay': 0.998, 'lr': 0.125}": "average with d up to 0.998, LRMAX 0.125"}
+    "{'decay': 0.998, 'lr': 0.125}": "average with d up to 0.998, LRMAX 0.125",
+    "{'uphill': 0.2}": "gradients from 0.2 uphill (SAM) in the last five epochs",
+    "{'teacher': 0.5}": "labels mixed with the last epoch's answers (PS-KD), up to 0.5",
+    "{'fc': 2, 'norms': 2, 'smoothing': 0.2}": "both at twice the rate, label smoothing 0.2"}
 
 
 def pick(rows, part, width=64, images=None, **arm):
