@@ -54,8 +54,9 @@ class OneCycle:
         if peak not in range(total):
             raise ValueError(f"peak {peak} must be a step, an integer from 0 to {total - 1}: for a "
                              f"fraction of the run pass round(fraction * total)")
-        # A warm-up scheduler may have zeroed the rates; it stores the originals in initial_lr.
-        rates = [float(group.get("initial_lr", group["lr"])) for group in optimizer.param_groups]
+        # A warm-up scheduler may have zeroed a rate; it stores the original in initial_lr.
+        rates = [float(group["lr"] or group.get("initial_lr", 0))
+                 for group in optimizer.param_groups]
         if not max(rates) > 0:
             raise ValueError(f"the optimizer's learning rates are {rates}: give it one above 0")
         self.ratios = [rate / max(rates) for rate in rates]

@@ -359,6 +359,9 @@ def test_schedule_groups():
     torch.optim.lr_scheduler.LambdaLR(warmed, lambda step: step / 10)
     onecycle.OneCycle(warmed, 50, 10, 0.4).set(10)
     assert [group["lr"] for group in warmed.param_groups] == pytest.approx([0.2, 0.4])
+    warmed.param_groups[0]["lr"] = 0.1                    # a new rate counts, not `initial_lr`
+    onecycle.OneCycle(warmed, 50, 10, 0.4).set(10)
+    assert [group["lr"] for group in warmed.param_groups] == pytest.approx([0.1, 0.4])
 
 
 @each("peak, rates, words", [(0.3, [1], "peak 0.3 .* round"), (50, [1], "peak 50"),

@@ -220,9 +220,7 @@ def print_device(loader):
     print(f"device    {name}, {torch.get_num_threads()} threads; {loader.dtype}, "
           f"{loader.augment.__name__}\n"
           f"data      {data.name}: {len(data.train_images):,} to train, {len(data.test_images):,} "
-          f"to test, {len(data.classes)} classes")
-    if not data.real:
-        print(f"          THIS IS NOT CIFAR-10, and the network has {data.width} channels, not 64")
+          f"to test, {len(data.classes)} classes; width {data.width}")
 
 
 def print_header(schedule, total, settings, out, history):
@@ -419,8 +417,8 @@ def make_parser(only_search):
             help="train with N seeds, starting at --seed; print mean and std")
         add("--out", metavar="DIR", type=path,
             help="folder for the results (the first free one of runs/1, ...)")
-        add("--resume", metavar="DIR", type=path, help="continue the run in DIR; only --data and "
-            "--data-dir may be combined with it")
+        add("--resume", metavar="DIR", type=path, help="continue the run in DIR (one of "
+            "--runs: DIR/seedN); only --data and --data-dir may be combined with it")
     return parser
 
 

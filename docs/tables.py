@@ -18,7 +18,8 @@ from docs.experiments import MAP_RATES, read
 HERE = Path(__file__).parent
 PAGES = HERE.parent / "README.md", HERE / "measurements.md"
 NAMES = {"one cycle": "one cycle", "annihilated": "one cycle to zero", "constant": "constant",
-         "steps": "step decay", "no rise": "no rise, to LRMIN", "linear": "no rise, to zero",
+         "steps": "step decay", "no rise": "straight fall to LRMIN",
+         "linear": "straight fall to zero",
          "warm-up": "a short rise"}
 
 
