@@ -47,7 +47,7 @@ def draw_epoch(count, seed, epoch):
     top, left = random.integers(2 * PAD + 1, size=(2, count))
     cut_y, cut_x = random.integers(SIZE, size=(2, count))
     # Alternating flip (Jordan, arXiv 2404.00498): a coin decides which way an image faces first;
-    # then it flips every epoch, so that any two in a row show both. ([seed, 0] is no epoch's.)
+    # then it flips every epoch, so that any two in a row show both. (Epochs use [seed, 1] and up.)
     first = np.random.default_rng([seed, 0]).integers(2, size=count)
     flip = (first[index] + epoch) % 2
     return torch.from_numpy(np.stack([index, top, left, flip, cut_y, cut_x], 1).astype(np.int32))
@@ -131,8 +131,8 @@ if triton:
         colour = tl.where(channel == 0, red, tl.where(channel == 1, green, blue))
         red, green, blue = tl.load(inverse_std), tl.load(inverse_std + 1), tl.load(inverse_std + 2)
         scale = tl.where(channel == 0, red, tl.where(channel == 1, green, blue))
-        # The cutout is a scale of 0: one `where` for rows, one for columns. fma multiplies, adds 0
-        # and rounds once, as a product does; -0.0, a dark pixel times 0, becomes 0.0 as in torch.
+        # The cutout is a scale of 0: one `where` for rows, one for columns. fma(..., 0.0) is the
+        # product, rounded once, but makes 0.0 of -0.0 (a dark pixel times 0), as torch does.
         cut_row, cut_column = row - cut_y + CUT // 2, column - cut_x + CUT // 2
         cut = tl.where((cut_column >= 0) & (cut_column < CUT), 0.0, scale)
         scale = tl.where((cut_row >= 0) & (cut_row < CUT), cut, scale)
@@ -151,7 +151,7 @@ def fused_augment(images, draws, mean, inverse_std, dtype):
     inputs = [tensor.contiguous() for tensor in (images, draws, mean, inverse_std)]
     out = torch.empty((len(draws), SIZE, SIZE, 3), dtype=dtype, device=images.device)
     with torch.cuda.device_of(images):                       # Triton launches on the current GPU
-        # Nothing here should be fused (see `augment`); the flag guarantees it.
+        # The flag forbids the compiler every fused multiply-add but the one written.
         augment_kernel[(len(draws),)](*inputs, out, SIZE, PAD, CUT, num_warps=4,
                                       enable_fp_fusion=False)
     return out.permute(0, 3, 1, 2)

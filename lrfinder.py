@@ -18,8 +18,8 @@ watches the accuracy):
 
 At LRMAX training is only just stable: it is a limit, and a faster sweep reads a higher one. Half of
 it, after 400 steps, was a good peak for seven small models trained for 300 steps
-(docs/measurements.md has the table). train.py, whose network has batch normalisation, sweeps in 100
-steps and goes up to LRMAX.
+(docs/measurements.md has the table). train.py sweeps in 100 steps and goes up to LRMAX: for its
+network too high a rate costs less than too low a one.
 
     def loss(batch):                     # as in training; on a GPU it moves the batch there
         inputs, labels = batch
@@ -139,7 +139,7 @@ def enough(losses):
 
     The usual rule, 4 times the lowest loss, fails in two ways: with batch normalisation the loss
     stays bounded, as the weights' scale does not matter; and when the loss is almost 0, noise alone
-    triggers it. It compares medians of 5 losses each, so no single bad batch decides.
+    triggers it. This one compares medians of 5 losses, so no single bad batch decides.
     """
     if len(losses) < FEWEST + MEDIAN:
         return False

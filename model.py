@@ -85,16 +85,17 @@ def orthogonal(matrix, dtype=torch.float32):
     """Roughly U V^T of a matrix U S V^T (its singular value decomposition): (n, m) to (n, m).
 
     No decomposition is computed. X X^T X = U S^3 V^T, so products alone can replace every singular
-    value s by a s + b s^3 + c s^5. Divide the matrix by its norm; then three rounds with Jordan's
-    a, b and c map 0.02 .. 1 to 0.68 .. 1.21 (in bf16). Smaller ones grow 41-fold at
-    most. dtype: of the arithmetic and the result.
+    value s by a s + b s^3 + c s^5. Jordan chose a, b and c to make small s grow fast: with s <= 1
+    (the matrix is divided by its norm), three rounds map 0.02 .. 1 to 0.68 .. 1.21 (in bf16);
+    smaller ones grow 41-fold at most. dtype: of the arithmetic and the result.
     """
     a, b, c = 3.4445, -4.7750, 2.0315
     tall = len(matrix) > matrix.shape[1]
     x = (matrix / matrix.norm().clamp(min=1e-7)).to(dtype)        # now every s is at most 1
     x = x.T if tall else x                                        # X X^T is smaller than X^T X
     for _ in range(3):
-        gram = x @ x.T
+        gram = x @ x.T                                            # G = X X^T
+        # X <- a X + (b G + c G G) X
         x = torch.addmm(x, torch.addmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
     return x.T if tall else x
 

@@ -95,7 +95,7 @@ def rates(rows):
     left.plot(arm["lr"], 100 * np.mean([row["averaged"] for row in fall]), "*", color="tab:green",
               markersize=11, label=f"straight fall to zero, weight decay {arm['weight_decay']}")
     left.set(xscale="log", xlabel="LRMAX", ylabel="accuracy on the test set in %",
-             title="What the rise buys (SGD, short runs)")
+             title="What the rise buys (SGD, short runs; shaded: lowest to highest)")
     left.set_xticks(MAP_RATES, MAP_RATES)
     left.minorticks_off()
     left.legend(fontsize="small", frameon=False)
