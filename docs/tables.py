@@ -290,6 +290,21 @@ def lr_min(rows):
     return lines(["LRMIN", *(name for name, _ in shares)], [["Muon, LRMAX 0.1", *cells]])
 
 
+def ends(rows):
+    """Short runs whose cycle starts, or ends, at another share of LRMAX, and their paired gains."""
+    body, tenth = [], pick(rows, "map", 32, 12500, lr=0.8)
+    for which in ("start", "end"):
+        cells = [pick(rows, "map ends", 32, 12500, **{which: 1 / 3}), tenth,
+                 pick(rows, "map ends", 32, 12500, **{which: 1 / 30}),
+                 pick(rows, "map annihilated", 32, 12500, lr=0.8) if which == "end" else []]
+        body.append([f"the {which} at", *(f"{mean(same, 'averaged')} / {mean(same, 'raw')}"
+                                          if same else "" for same in cells)])
+        body += [[f"gain over LRMAX / 10, {key}", *(gain(same, tenth, key) if same != tenth else ""
+                                                    for same in cells)]
+                 for key in ("averaged", "raw")]
+    return lines(["", "LRMAX / 3", "LRMAX / 10", "LRMAX / 30", "0"], body)
+
+
 def finders(rows):
     """The README's table: our rates, each package's, and a constant."""
     shown = "lr", "LRMAX", "torch-lr-finder, on our range", "fastai minimum / 10"
@@ -306,7 +321,7 @@ TABLES = {
     "recipe": lambda rows: beside_the_recipe(rows, "recipe", 64, 40000),
     "choices": lambda rows: beside_the_recipe(rows, "choices", 32, 25000),
     "short runs": short_runs, "map": decays, "budget": budget, "few images": few_images,
-    "lrmin": lr_min, "finders": finders,
+    "lrmin": lr_min, "ends": ends, "finders": finders,
     "finders, 32": lambda rows: lines(*range_test.summary(32)),
     "finders, 8": lambda rows: lines(*range_test.summary(8)),
     "pairs, 32": lambda rows: lines(*range_test.by_pair(32)),
