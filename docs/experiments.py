@@ -111,7 +111,7 @@ PARTS = {
                 {"momentum": "0.6 .. 0.85"}, {"decay": 0.995, "lr": 0.125},
                 {"decay": 0.998, "lr": 0.125}, {"fc": 8, "norms": 8, "smoothing": 0.2},
                 {"uphill": 0.2}, {"teacher": 0.5}, {"fc": 2, "norms": 2, "smoothing": 0.2},
-                {"fc": 32}],
+                {"fc": 32}, {"fc": 8, "start_from": "identity"}],
 }
 
 

@@ -29,21 +29,22 @@ ARMS = {
     "{'flip': 'coin'}": "an image mirrored by chance in each epoch",
     "{'sharpness': 2.0}": "logits x 1/4", "{'weight_decay': 0.0}": "no weight decay",
     "{'momentum': 0.9}": "momentum 0.9", "{'sharpness': 8.0}": "logits as they are",
-    "{'fc': 8, 'norms': 8}": "last layer and norms at 8 times the rate",
-    "{'fc': 8}": "last layer at 8 times the rate", "{'fc': 32}": "last layer at 32 times the rate",
-    "{'norms': 8}": "norms at 8 times the rate",
-    "{'fc': 8, 'norms': 8, 'weight_decay': 0.000125}": "both, with an eighth of the decay",
-    "{'fc': 8, 'norms': 8, 'smoothing': 0.2}": "both, with label smoothing 0.2",
+    "{'fc': 8, 'norms': 8}": "last layer and norms x 8",
+    "{'fc': 8}": "last layer's rate x 8", "{'fc': 32}": "last layer's rate x 32",
+    "{'norms': 8}": "norms' rate x 8",
+    "{'fc': 8, 'norms': 8, 'weight_decay': 0.000125}": "last layer and norms x 8, an eighth of the decay",
+    "{'fc': 8, 'norms': 8, 'smoothing': 0.2}": "last layer and norms x 8, label smoothing 0.2",
     "{'start_from': 'identity'}": "widening convolutions start as the identity",
+    "{'fc': 8, 'start_from': 'identity'}": "last layer x 8, widening convolutions start as the identity",
     "{'start_from': 'patches'}": "first layer starts as the patches' eigenvectors",
-    "{'start_from': 'patches, frozen'}": "the same, and frozen",
+    "{'start_from': 'patches, frozen'}": "first layer is the patches' eigenvectors, frozen",
     "{'ghost': True}": "batch normalisation of 128 images at a time",
     "{'momentum': '0.6 .. 0.85'}": "momentum up to 0.85 in the last quarter",
     "{'decay': 0.995, 'lr': 0.125}": "average with d up to 0.995, LRMAX 0.125",
     "{'decay': 0.998, 'lr': 0.125}": "average with d up to 0.998, LRMAX 0.125",
     "{'uphill': 0.2}": "gradients from 0.2 uphill (SAM) in the last five epochs",
     "{'teacher': 0.5}": "labels mixed with the last epoch's answers (PS-KD), up to 0.5",
-    "{'fc': 2, 'norms': 2, 'smoothing': 0.2}": "both at twice the rate, label smoothing 0.2"}
+    "{'fc': 2, 'norms': 2, 'smoothing': 0.2}": "last layer and norms x 2, label smoothing 0.2"}
 
 
 def pick(rows, part, width=64, images=None, **arm):
