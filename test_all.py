@@ -892,20 +892,23 @@ def test_sweep_of_noise():
     assert [place_of_lrmax(curve) for curve in curves].count(None) >= 58
 
 
-@each("rates, initial", [((0.001, 0.1), None), ((0.1, 0.05), None), ((0.0, 0.0), (0.001, 0.1))])
+@each("rates, initial", [((0.001, 0.1), None), ((0.1, 0.05), None), ((0.0, 0.0), (0.001, 0.1)),
+                         ((0.05, 0.1), (0.001, 0.1))])
 def test_sweep_groups(rates, initial):
     """Groups keep their ratio, after a warm-up from 0 the one that they had before it.
 
-    A first group without parameters does no harm. A rate that is a tensor, the last here, comes
-    back.
+    A rate set since then counts. A first group without parameters does no harm. A rate that is a
+    tensor, the last here, comes back.
     """
     net, rate, seen = nn.Linear(1, 2), torch.tensor((initial or rates)[1]), []
     sgd = torch.optim.SGD([{"params": [], "lr": 0.0},
                            {"params": net.weight, "lr": (initial or rates)[0]},
                            {"params": net.bias, "lr": rate}], momentum=0.9)
-    if initial:                                           # writes all rates times 0
-        torch.optim.lr_scheduler.LambdaLR(sgd, lambda step: min(step / 10, 1))
+    if initial:                       # a warm-up: over, or at its start, where rates are 0
+        torch.optim.lr_scheduler.LambdaLR(sgd, lambda step: 1 if any(rates) else step / 10)
     groups = sgd.param_groups[1:]
+    if any(rates):
+        groups[0]["lr"], initial = rates[0], None
     assert [float(group["lr"]) for group in groups] == pytest.approx(rates)
 
     def loss(batch):
