@@ -280,17 +280,6 @@ def headline(rows):
         ["raw weights", mean(same, "raw"), each(same, "raw")]])
 
 
-def lr_min(rows):
-    """One cycle that starts and ends at another share of LRMAX."""
-    shares = (("LRMAX / 3", 1 / 3), ("LRMAX / 10", None), ("LRMAX / 30", 1 / 30))
-    cells = []
-    for _, share in shares:
-        same = [row for row in pick(rows, "range", 32, 25000, optimizer="muon", lr=0.1)
-                if row["arm"].get("start") == share]
-        cells.append(f"{mean(same, 'held out', 'averaged')} / {mean(same, 'held out', 'raw')}")
-    return lines(["LRMIN", *(name for name, _ in shares)], [["Muon, LRMAX 0.1", *cells]])
-
-
 def ends(rows):
     """Short runs whose cycle starts, or ends, at another share of LRMAX, and their paired gains."""
     body, tenth = [], pick(rows, "map", 32, 12500, lr=0.8)
@@ -322,7 +311,7 @@ TABLES = {
     "recipe": lambda rows: beside_the_recipe(rows, "recipe", 64, 40000),
     "choices": lambda rows: beside_the_recipe(rows, "choices", 32, 25000),
     "short runs": short_runs, "map": decays, "budget": budget, "few images": few_images,
-    "lrmin": lr_min, "ends": ends, "finders": finders,
+    "ends": ends, "finders": finders,
     "finders, 32": lambda rows: lines(*range_test.summary(32)),
     "finders, 8": lambda rows: lines(*range_test.summary(8)),
     "pairs, 32": lambda rows: lines(*range_test.by_pair(32)),
