@@ -136,9 +136,8 @@ if triton:
         cut_row, cut_column = row - cut_y + CUT // 2, column - cut_x + CUT // 2
         cut = tl.where((cut_column >= 0) & (cut_column < CUT), 0.0, scale)
         scale = tl.where((cut_row >= 0) & (cut_row < CUT), cut, scale)
-        value = tl.fma(pixel - colour, scale, 0.0)
-        target = out + image * (SIZE * SIZE * 3) + place
-        tl.store(target + row * (SIZE * 3), value.to(out.dtype.element_ty), mask=inside)
+        value = tl.fma(pixel - colour, scale, 0.0)                    # stored as out's dtype
+        tl.store(out + image * (SIZE * SIZE * 3) + place + row * (SIZE * 3), value, mask=inside)
 
 
 def fused_augment(images, draws, mean, inverse_std, dtype):
@@ -226,8 +225,7 @@ def normalisation(images):
     return mean.float(), (1 / deviation).float()
 
 
-# ------------------------- the lesson ends here; below, where images come from: CIFAR-10's files,
-# ------------------------- an .npz of your own, and drawn shapes where there is neither
+# -------------------------------------- the lesson ends here; below, where the images come from
 
 class Dataset(NamedTuple):
     """Images (N, 32, 32, 3) uint8, labels (N,) int64, contiguous; and train.py's defaults."""
@@ -292,19 +290,18 @@ def load_cifar10(folder):
 
 def load_npz(path):
     """train_images, train_labels, test_images, test_labels and optionally classes of an .npz."""
-    arrays = {}
+    name, arrays = "arrays", []
     try:
         with np.load(path, allow_pickle=False) as archive:
-            for name in [*Dataset._fields[2:6], *(["classes"] if "classes" in archive else [])]:
-                arrays[name] = archive[name]
+            for name in Dataset._fields[2:6]:
+                arrays.append(archive[name])
+            name = "classes"
+            classes = np.ravel(archive.get(name, [])).astype(str).tolist()
     except OSError as error:
         raise OSError(f"cannot read '{path}': {error.strerror or error}; see --data in -h")
     except Exception as error:         # a key that is missing, pickled objects, damage of any kind
-        wanted = Dataset._fields[len(arrays) + 2] if len(arrays) < 4 else "classes"
-        raise ValueError(f"cannot read {wanted} from '{path}' ({error}); see --data in -h"
-                         ) from error
-    classes = np.ravel(arrays.pop("classes", [])).astype(str).tolist()
-    return make_dataset(Path(path).name, [*arrays.values()], classes)
+        raise ValueError(f"cannot read {name} from '{path}' ({error}); see --data in -h") from error
+    return make_dataset(Path(path).name, arrays, classes)
 
 
 def make_dataset(name, arrays, classes=(), **options):
@@ -319,16 +316,14 @@ def make_dataset(name, arrays, classes=(), **options):
         if images.dtype != np.uint8 or images.shape[1:] != (SIZE, SIZE, 3) or not len(images):
             raise ValueError(f"{name}: {split}_images must be uint8 (N, 32, 32, 3), not "
                              f"{images.dtype} {images.shape}")
-        if labels.shape == (len(images), 1):
-            labels = labels[:, 0]
-        if labels.dtype.kind not in "iu" or labels.shape != (len(images),):
+        if labels.dtype.kind not in "iu" or labels.shape not in ((len(images),), (len(images), 1)):
             raise ValueError(f"{name}: {split}_labels must be {len(images)} integers, not "
                              f"{labels.dtype} {labels.shape}")
         if labels.min() < 0 or labels.max() >= 10_000:
             raise ValueError(f"{name}: {split}_labels range from {labels.min()} to {labels.max()}: "
                              f"number the classes 0, 1, 2, ..., 9,999 at most")
         tensors.append(torch.from_numpy(np.ascontiguousarray(images)))
-        tensors.append(torch.from_numpy(labels.astype(np.int64)))
+        tensors.append(torch.from_numpy(labels.astype(np.int64).ravel()))
     count = max(tensors[1].max().item(), tensors[3].max().item()) + 1
     classes = list(classes) or [str(k) for k in range(count)]
     if len(classes) < count:

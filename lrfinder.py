@@ -44,7 +44,6 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-STEPS, LR_START, LR_END = 400, 0.001, 10.0
 FEWEST = 10               # points that a curve needs
 HALF_WINDOW = 7           # points to either side when smoothing (n / 20 if larger)
 MEDIAN = 5                # points in the running median: two outliers do not move it
@@ -81,7 +80,7 @@ class Suggestion(NamedTuple):
 
 # -------------------------------------------------------------------------------------- the sweep
 
-def range_test(model, optimizer, loss, batches, *, lr_start=LR_START, lr_end=LR_END, steps=STEPS,
+def range_test(model, optimizer, loss, batches, *, lr_start=0.001, lr_end=10.0, steps=400,
                scaler=None):
     """Train on `batches` with a growing learning rate and return the Curve; restore everything.
 
@@ -116,11 +115,11 @@ def range_test(model, optimizer, loss, batches, *, lr_start=LR_START, lr_end=LR_
             for group, rate in zip(groups, rates):
                 group["lr"] = lr * rate / max(rates)
             value = loss(batch)
-            losses.append(mean_over_ranks(model, value))
-            if not math.isfinite(losses[-1]):
-                losses.pop()
+            number = mean_over_ranks(model, value)
+            if not math.isfinite(number):
                 ended = "the next loss was not finite; start the sweep lower or use more steps"
                 break
+            losses.append(number)
             if enough(losses):
                 break
             optimizer.zero_grad()
@@ -232,11 +231,11 @@ def plot(curve, ax, suggestion=None):
     ax.plot(curve.lrs, smooth(curve.losses), color="tab:blue", linewidth=2.5, label="smoothed")
     ax.set(xscale="log", xlabel="learning rate", ylabel="training loss")
     if suggestion:
-        for name, lr, style in (("LRMIN", suggestion.lr_min, ("tab:green", "--")),
-                                ("steepest", suggestion.steepest, ("dimgrey", ":")),
-                                ("lr", suggestion.lr, ("tab:green", "-")),
-                                ("LRMAX", suggestion.lr_max, ("tab:red", "-"))):
-            ax.axvline(lr, color=style[0], linestyle=style[1], label=f"{name} {lr:.3g}")
+        for name, lr, color, style in (("LRMIN", suggestion.lr_min, "tab:green", "--"),
+                                       ("steepest", suggestion.steepest, "dimgrey", ":"),
+                                       ("lr", suggestion.lr, "tab:green", "-"),
+                                       ("LRMAX", suggestion.lr_max, "tab:red", "-")):
+            ax.axvline(lr, color=color, linestyle=style, label=f"{name} {lr:.3g}")
         ax.axvspan(suggestion.lr_min, suggestion.lr_max, color="tab:green", alpha=0.1)
         # A divergence would flatten everything else: show as much above the start as below.
         start = np.median(curve.losses[:FEWEST])
@@ -288,9 +287,8 @@ def everything_restored(model, optimizer):
         undo.callback(np.random.set_state, np.random.get_state())
         for module in model.modules():
             undo.callback(setattr, module, "training", module.training)
-        for parameter in parameters:                      # sets the gradients aside
+        for parameter in parameters:
             undo.callback(setattr, parameter, "grad", parameter.grad)
-            parameter.grad = None
         for tensor in tensors:
             undo.callback(torch.no_grad()(tensor.copy_), tensor.detach().clone())
         for entries in dicts:                             # the very same objects come back

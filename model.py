@@ -11,8 +11,7 @@ A residual network of eight convolutions, David Page's ResNet-9 with pooling bef
     fc      fully connected, softmax                            10                  5,130
 
 with R = conv 3x3, BN, ReLU, conv 3x3, BN, ReLU: 6,573,130 parameters, and 379 million
-multiply-accumulates per image. Layers 1 to 3 halve the picture's sides and double the channels.
-Pooling before normalisation leaves normalisation a quarter of the pixels to read.
+multiply-accumulates per image. Pooling first leaves normalisation a quarter of the pixels to read.
 
     net = make_model(pick_device())
     optimizer = make_optimizer(net)            # a schedule sets its learning rate

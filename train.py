@@ -214,7 +214,6 @@ ROW = ("{epoch:5}{lr:9.4f}{loss:8.4f}{train:9.2%}{raw:9.2%}{averaged:10.2%}{seco
 
 
 def print_device(loader):
-    """Print the device and the data."""
     data, device = loader.data, loader.device
     name = torch.cuda.get_device_name() if device.type == "cuda" else device.type
     print(f"device    {name}, {torch.get_num_threads()} threads; {loader.dtype}, "
@@ -352,14 +351,12 @@ def save(path, content):
     aside = path.with_suffix(".partial")
     try:
         torch.save(content, aside)
-        for patience in (0.1, 0.5, 2, 0):                # Windows: a virus scanner may hold it
+        for patience in (0.1, 0.5, 2):                   # Windows: a virus scanner may hold it
             try:
-                os.replace(aside, path)
-                break
+                return os.replace(aside, path)
             except PermissionError:
-                if not patience:
-                    raise
                 time.sleep(patience)
+        os.replace(aside, path)
     except (OSError, RuntimeError) as error:             # torch.save raises both
         aside.unlink(missing_ok=True)
         sys.exit(f"cannot write {path} ({error}); what was saved before is intact")
@@ -369,9 +366,8 @@ def read_checkpoint(path):
     """What save_run wrote, checksums verified (torch.load does not), no code executed."""
     try:
         with zipfile.ZipFile(path) as archive:
-            damaged = archive.testzip()
-        if damaged:
-            raise zipfile.BadZipFile(f"wrong checksum in {damaged}")
+            if damaged := archive.testzip():
+                raise zipfile.BadZipFile(f"wrong checksum in {damaged}")
         content = torch.load(path, map_location="cpu", weights_only=True)
         names = "settings", "history", "net", "average", "optimizer", "scaler"
         return {name: content[name] for name in names}
@@ -400,7 +396,7 @@ LIMITS = {"epochs": (1, 10_000), "batch_size": (1, 10**6), "lr_max": (1e-9, 1e9)
 
 def make_parser(only_search):
     parser = argparse.ArgumentParser(argument_default=argparse.SUPPRESS, description=(
-        lrfinder if only_search else sys.modules[__name__]).__doc__.split("\n")[0])
+        lrfinder.__doc__ if only_search else __doc__).split("\n")[0])
     add, path = parser.add_argument, os.path.expanduser
     add("--data", metavar="SET", type=path, help="auto (default): CIFAR-10, downloaded if need "
         "be, else drawn shapes; cifar10; synthetic: drawn shapes; or an .npz with train_images, "
