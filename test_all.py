@@ -1590,6 +1590,17 @@ def test_tables_are_of_the_rows():
         assert page.read_text() == tables.filled(page, experiments.read())
 
 
+def test_tables_tune_two_constants():
+    """A schedule at its best: its best LRMAX and weight decay, of runs that differ in no more."""
+    kind = {"optimizer": "sgd", "schedule": "one cycle", "epochs": 12}
+    rows = [{"arm": {**kind, **arm}, "seed": seed, "width": 32, "images": 12500,
+             "held out": {"averaged": accuracy}}
+            for arm, accuracy in (({"lr": 0.4}, 0.8), ({"lr": 0.8, "weight_decay": 1e-3}, 0.9),
+                                  ({"lr": 0.8, "end": 0.0}, 0.95), ({"lr": 0.2, "end": 0.0}, 0.99))
+            for seed in (0, 1)]
+    assert tables.best_rows(rows, "one cycle", 12) == rows[2:4]
+
+
 def test_readme_loop_is_train():
     """Word for word the file's."""
     loops = [block for block in blocks("README.md") if "loader" in block and "import" not in block]

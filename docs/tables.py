@@ -220,12 +220,12 @@ def decays(rows):
 
 def best_rows(rows, schedule, epochs, images=12500):
     """The short runs of the schedule's arm that is the best on held-out images with seed 0."""
-    arms = defaultdict(list)
+    arms, kind = defaultdict(list), {"optimizer": "sgd", "schedule": schedule, "epochs": epochs}
     for row in rows:
-        if (row["width"], row["images"]) == (32, images) and (
-                row["arm"].get("epochs"), row["arm"].get("schedule")) == (epochs, schedule) and (
-                row["arm"]["optimizer"] == "sgd" and "momentum" not in row["arm"]):
-            arms[row["arm"]["lr"], row["arm"].get("weight_decay", 1e-3)].append(row)
+        arm = row["arm"]
+        tuned = arm.keys() - kind.keys() <= {"lr", "weight_decay"}       # and nothing else differs
+        if (row["width"], row["images"]) == (32, images) and kind.items() <= arm.items() and tuned:
+            arms[arm["lr"], arm.get("weight_decay", 1e-3)].append(row)
     first = {arm: row["held out"]["averaged"] for arm, same in arms.items() for row in same
              if row["seed"] == 0}
     return arms[max(first, key=first.get)] if first else []
