@@ -8,9 +8,9 @@ as uint8, and stays. A table of random numbers, one row per image, then determin
     FLIP           1 = mirrored left to right
     CUT_Y, CUT_X   centre of the 8 x 8 cutout (0 .. 31 each); clipped at the border
 
-The augmented epoch is a *pure function* of the bytes and that table. It is implemented twice:
-`augment` in plain torch, and `augment_kernel` in Triton, which reads an image's 3,072 bytes once
-and writes its result once, 6,144 bytes in bf16.
+The augmented epoch is a *pure function* of the bytes and that table. So its two implementations can
+be compared bit by bit: `augment` in plain torch, and `augment_kernel` in Triton, which reads an
+image's 3,072 bytes once and writes its result once, 6,144 bytes in bf16.
 
     loader = Loader(load("auto"), 512, torch.bfloat16, torch.device("cuda"))
     for inputs, labels in loader.epoch(seed=0, epoch=0):     # (512, 3, 32, 32), (512,)
@@ -47,7 +47,7 @@ def draw_epoch(count, seed, epoch):
     top, left = random.integers(2 * PAD + 1, size=(2, count))
     cut_y, cut_x = random.integers(SIZE, size=(2, count))
     # Alternating flip (Jordan, arXiv 2404.00498): a coin decides which way an image faces first;
-    # then it flips every epoch, so that any two in a row show both. (Epochs use [seed, 1] and up.)
+    # each epoch then mirrors it, so any two in a row show both. (Epochs use [seed, 1] and up.)
     first = np.random.default_rng([seed, 0]).integers(2, size=count)
     flip = (first[index] + epoch) % 2
     return torch.from_numpy(np.stack([index, top, left, flip, cut_y, cut_x], 1).astype(np.int32))
@@ -111,7 +111,7 @@ if triton:
         top, left, flip = tl.load(draws + 1), tl.load(draws + 2), tl.load(draws + 3)
         cut_y, cut_x = tl.load(draws + 4), tl.load(draws + 5)
         tl.assume((top >= 0) & (top <= 2 * PAD))   # the compiler may then skip some reflections
-        # The image is read once, in memory order, 16 bytes per thread. Crop and flip then pick from
+        # The image is read once, in memory order, 16 bytes per load. Crop and flip then pick from
         # what was read: a gather in shared memory, which is fast in any order. Everything is one
         # vector; lengths must be powers of two, so its last quarter is masked.
         i = tl.arange(0, 4 * SIZE * SIZE)                             # (4096,)
@@ -131,13 +131,15 @@ if triton:
         colour = tl.where(channel == 0, red, tl.where(channel == 1, green, blue))
         red, green, blue = tl.load(inverse_std), tl.load(inverse_std + 1), tl.load(inverse_std + 2)
         scale = tl.where(channel == 0, red, tl.where(channel == 1, green, blue))
-        # The cutout is a scale of 0: one `where` for rows, one for columns. fma(..., 0.0) is the
-        # product, rounded once, but makes 0.0 of -0.0 (a dark pixel times 0), as torch does.
+        value = (pixel - colour) * scale                              # stored as out's dtype
+        # The cutout: one `where` for columns, one for rows; both at once would take longer.
         cut_row, cut_column = row - cut_y + CUT // 2, column - cut_x + CUT // 2
-        cut = tl.where((cut_column >= 0) & (cut_column < CUT), 0.0, scale)
-        scale = tl.where((cut_row >= 0) & (cut_row < CUT), cut, scale)
-        value = tl.fma(pixel - colour, scale, 0.0)                    # stored as out's dtype
-        tl.store(out + image * (SIZE * SIZE * 3) + place + row * (SIZE * 3), value, mask=inside)
+        cut = tl.where((cut_column >= 0) & (cut_column < CUT), 0.0, value)
+        value = tl.where((cut_row >= 0) & (cut_row < CUT), cut, value)
+        # column * 3 + channel is just `place`. But if the compiler knew, it would give each thread
+        # eight neighbours, to store at once, and twice as many instructions to compute them.
+        out += image * (SIZE * SIZE * 3) + (column * 3 + channel)
+        tl.store(out + row * (SIZE * 3), value, mask=inside)
 
 
 def fused_augment(images, draws, mean, inverse_std, dtype):
@@ -150,9 +152,7 @@ def fused_augment(images, draws, mean, inverse_std, dtype):
     inputs = [tensor.contiguous() for tensor in (images, draws, mean, inverse_std)]
     out = torch.empty((len(draws), SIZE, SIZE, 3), dtype=dtype, device=images.device)
     with torch.cuda.device_of(images):                       # Triton launches on the current GPU
-        # The flag forbids the compiler every fused multiply-add but the one written.
-        augment_kernel[(len(draws),)](*inputs, out, SIZE, PAD, CUT, num_warps=4,
-                                      enable_fp_fusion=False)
+        augment_kernel[(len(draws),)](*inputs, out, SIZE, PAD, CUT, num_warps=4)
     return out.permute(0, 3, 1, 2)
 
 

@@ -16,10 +16,10 @@ watches the accuracy):
     lr       LRMAX / 2, the peak to train with
     LRMIN    LRMAX / 10, where a cycle up to LRMAX starts (Smith, arXiv 1803.09820, section 4.1)
 
-At LRMAX training is only just stable: it is a limit, and a faster sweep reads a higher one. Half of
-it, after 400 steps, was a good peak for seven small models trained for 300 steps
-(docs/measurements.md has the table). train.py sweeps in 100 steps and goes up to LRMAX: for its
-network too high a rate costs less than too low a one.
+At LRMAX a step undoes as much as it gains, and a faster sweep reads a higher LRMAX. Half of it,
+read in 400 steps, was a good peak for seven small models trained for 300 (docs/measurements.md has
+the table). train.py sweeps in 100 steps and goes up to LRMAX: for its network a rate too high costs
+less than one too low.
 
     def loss(batch):                     # as in training; on a GPU it moves the batch there
         inputs, labels = batch
@@ -84,17 +84,17 @@ def range_test(model, optimizer, loss, batches, *, lr_start=0.001, lr_end=10.0, 
                scaler=None):
     """Train on `batches` with a growing learning rate and return the Curve; restore everything.
 
+    Point k is the loss of batch k *before* the step with lr_k. lr_k applies to the parameter group
+    with the largest rate; the others keep their ratio to it. A model in training mode keeps the
+    mode of each layer, so frozen ones stay frozen. The sweep ends early when LRMAX has been passed
+    (see `enough`), when a loss is not finite (it is dropped), or when a generator is exhausted.
+
     model: an nn.Module that holds everything that is trained, even a loss's parameters (use
     nn.ModuleList). optimizer: its optimizer. loss(batch): the scalar loss of a batch, computed as
     in training; it moves the batch to the GPU and applies autocast, if training does. batches: an
     iterable, restarted when exhausted. steps: the fewer, the higher LRMAX, about as
     1 / sqrt(steps); Suggestion.lr is meant for 400. scaler: a GradScaler for mixed precision.
     Under DistributedDataParallel call it on every rank; it averages the losses.
-
-    Point k is the loss of batch k *before* the step with lr_k. lr_k applies to the parameter group
-    with the largest rate; the others keep their ratio to it. A model in training mode keeps the
-    mode of each layer, so frozen ones stay frozen. The sweep ends early when LRMAX has been passed
-    (see `enough`), when a loss is not finite (it is dropped), or when a generator is exhausted.
     ValueError: an impossible sweep or optimizer.
     """
     if not 0 < lr_start < lr_end or steps < 2:
@@ -182,7 +182,7 @@ def suggest(curve):
             break
     else:                                 # no break (if there was one, k marks the clear rise)
         raise not_found("the loss falls to the end of the sweep", "raise its highest learning rate")
-    if best < FEWEST // 2:                                # `start` was measured after the minimum
+    if best < FEWEST // 2:                                # even `start` lies after the minimum
         raise not_found("the loss only rises", "start the sweep lower")
     # In a flat valley noise picks the lowest point: take the last of those that tie with it.
     best = max(j for j in range(best, k) if smoothed[j] <= smoothed[best] + TIED * sigma)

@@ -1,6 +1,6 @@
 """The network, and Muon, an optimizer that relies on its batch normalisation.
 
-A residual network of eight convolutions, David Page's ResNet-9 with pooling before normalisation:
+A residual network of eight convolutions and a linear layer, David Page's ResNet-9:
 
     stage   layers                                             output         parameters
     prep    conv 3x3, BN, ReLU                                  64 x 32 x 32        1,856
@@ -20,7 +20,7 @@ import torch
 from torch import nn
 
 # What training and the range test must share: otherwise the test would measure another setup.
-MOMENTUM = {"muon": 0.6, "sgd": 0.9}           # Nesterov momentum; 0.6 as in airbench94_muon
+MOMENTUM = {"muon": 0.6, "sgd": 0.9}           # Nesterov; 0.6 as in airbench94_muon, 0.9 was worse
 WEIGHT_DECAY = 1e-3                            # not for Muon's convolutions: their norm is fixed
 LOGIT_SCALE = 0.125                            # see CustomResNet.forward
 
@@ -72,31 +72,12 @@ class CustomResNet(nn.Module):
         x = self.layer2(x)                   # (B, 256,  8,  8)
         x = self.layer3(x)                   # (B, 512,  4,  4)
         x = self.pool(x).flatten(1)          # (B, 512)
-        # Each feature is a maximum over 16 positions, so the logits are large, and the softmax
-        # would be certain before the network had learned anything. Page's factor tempers it.
+        # Each feature is a maximum over 16 positions, hence large, and one step moves the logits
+        # far: the softmax would be certain before it was right. Page's factor tempers it.
         logits = self.fc(x).float() * LOGIT_SCALE                                  # (B, C)
         # The logarithm of the softmax: .exp() gives probabilities, and the cross-entropy is minus
         # the entry of the right class (nll_loss). A log taken afterwards could be log(0).
         return logits.log_softmax(dim=1)                                           # (B, C)
-
-
-def orthogonal(matrix, dtype=torch.float32):
-    """Roughly U V^T of a matrix U S V^T (its singular value decomposition): (n, m) to (n, m).
-
-    No decomposition is computed. X X^T X = U S^3 V^T, so products alone can replace every singular
-    value s by a s + b s^3 + c s^5. Jordan chose a, b and c to make small s grow fast: with s <= 1
-    (the matrix is divided by its norm), three rounds map 0.02 .. 1 to 0.68 .. 1.21 (in bf16);
-    smaller ones grow 41-fold at most. dtype: of the arithmetic and the result.
-    """
-    a, b, c = 3.4445, -4.7750, 2.0315
-    tall = len(matrix) > matrix.shape[1]
-    x = (matrix / matrix.norm().clamp(min=1e-7)).to(dtype)        # now every s is at most 1
-    x = x.T if tall else x                                        # X X^T is smaller than X^T X
-    for _ in range(3):
-        gram = x @ x.T                                            # G = X X^T
-        # X <- a X + (b G + c G G) X
-        x = torch.addmm(x, torch.addmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
-    return x.T if tall else x
 
 
 class Muon(torch.optim.Optimizer):
@@ -106,8 +87,8 @@ class Muon(torch.optim.Optimizer):
         w <- w - lr (g + mu v)                           SGD
         w <- w sqrt(n) / |w| - lr orthogonal(g + mu v)   groups with orthogonal=True, n rows
 
-    A gradient is large in a few directions, those in which the loss is steep. SGD hardly moves in
-    the others; an orthogonal step goes about equally far in all. Batch normalisation behind a
+    A gradient is often large in few directions, where the loss is steep. SGD hardly moves in the
+    others; an orthogonal step goes about equally far in all. Batch normalisation behind a
     convolution cancels any rescaling of its weights, so their norm is not decayed but fixed, at
     sqrt(n). That is also the norm of n orthonormal rows, so a step is about lr times as large as
     the weights (0.65 lr in `prep`, where 64 rows have only 27 numbers each).
@@ -146,6 +127,25 @@ class Muon(torch.optim.Optimizer):
                     w.mul_(len(w) ** 0.5 / w.norm().clamp(min=1e-7))
                 w.sub_(step * lr)
         return loss
+
+
+def orthogonal(matrix, dtype=torch.float32):
+    """Roughly U V^T of a matrix U S V^T (its singular value decomposition): (n, m) to (n, m).
+
+    No decomposition is computed. X X^T X = U S^3 V^T, so products alone can replace every singular
+    value s by a s + b s^3 + c s^5. Jordan chose a, b and c to make small s grow fast: with s <= 1
+    (the matrix is divided by its norm), three rounds map 0.02 .. 1 to 0.68 .. 1.21 (in bf16);
+    smaller ones grow 41-fold at most. dtype: of the arithmetic and the result.
+    """
+    a, b, c = 3.4445, -4.7750, 2.0315
+    tall = len(matrix) > matrix.shape[1]
+    x = (matrix / matrix.norm().clamp(min=1e-7)).to(dtype)        # now every s is at most 1
+    x = x.T if tall else x                                        # X X^T is smaller than X^T X
+    for _ in range(3):
+        gram = x @ x.T                                            # G = X X^T
+        # X <- a X + (b G + c G G) X
+        x = torch.addmm(x, torch.addmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    return x.T if tall else x
 
 
 # ----------------------------------------------------- the lesson ends here; below, the setup

@@ -1,9 +1,9 @@
 r"""The one-cycle policy: the learning rate rises once and falls once.
 
-    LRMAX         /\                  step 0                LRMIN = LRMAX / 10
-                 /    \               step P                LRMAX         (P: after 5 of 24 epochs)
-                /        \            step T - 1, the last  LRMIN
-    LRMIN      /            \
+    LRMAX         /\              step P: after 5 of 24 epochs
+                 /    \
+                /        \
+    LRMIN      /            \     LRMIN = LRMAX / 10, at the first step and at the last
                0  P          T-1
 
     k <  P    lr = LRMIN + (LRMAX - LRMIN) k / P
@@ -22,7 +22,7 @@ average the weights, pass end=0.
         ...
 
 Sources: L. Smith, arXiv 1803.09820; with N. Topin, arXiv 1708.07120. Smith's momentum falls
-while the rate rises; here it is constant.
+while the rate rises; here it is constant, which was no worse (docs/measurements.md).
 """
 import torch
 
@@ -46,8 +46,8 @@ class OneCycle:
     """Sets an optimizer's learning rates, step by step.
 
     The parameter group with the largest learning rate gets one_cycle's rate; the others keep their
-    ratio to it. There is no counter: a step always has the same rate, so a resumed run has no state
-    to restore. ValueError if the cycle does not fit the run.
+    ratio to it. There is no counter: the step alone sets the rate, so a resumed run has nothing to
+    restore. ValueError if the cycle does not fit the run.
     """
 
     def __init__(self, optimizer, total, peak, lr_max, start=1 / 10, end=1 / 10):

@@ -5,9 +5,8 @@
     python train.py --resume runs/1     continues an interrupted run as if it had never stopped
                                         (bit for bit on a CPU with the same number of threads)
 
-At the end of the cycle the learning rate is still LRMAX / 10, and the weights jitter around the
-bottom of the valley. Their exponential moving average (EMA) sits near the bottom: its accuracy
-after the last epoch is the result.
+At the end of the cycle the rate is still LRMAX / 10, and the weights jitter. Their exponential
+moving average (EMA) does not: its accuracy after the last epoch is the result.
 """
 import argparse
 import copy
@@ -110,9 +109,9 @@ def make_step(net, optimizer, scaler, loss_function=nll_loss):
         scaler.update()
         return loss.detach(), (log_probabilities.argmax(1) == labels).sum()
 
-    # A graph cannot stop to read a value back. The scaler must read whether fp16 overflowed, and
-    # torch's optimizers read the learning rate, unless they are fused or capturable.
-    stays_on_gpu = optimizer.defaults.get("fused") or optimizer.defaults.get("capturable")
+    # A CUDA graph cannot stop to read a value back. The scaler must read whether fp16 overflowed,
+    # and torch's optimizers read the learning rate, unless capturable; SGD, unless fused.
+    stays_on_gpu = optimizer.defaults.get("capturable", optimizer.defaults.get("fused"))
     if device.type != "cuda" or scaler.is_enabled() or not stays_on_gpu:
         return step
     for group in optimizer.param_groups:       # a number would be frozen into the recording
@@ -124,7 +123,7 @@ def as_graph(step, warmup=3):
     """`step`, recorded as a CUDA graph after `warmup` calls, and from then on replayed.
 
     step: a function of tensors that returns tensors, whose shapes never change. A step is hundreds
-    of kernels, and Python may take longer to launch them than the GPU to run them; a graph is one
+    of kernels, and launching them from Python may take longer than running them; a graph is one
     launch. It reads and writes the same memory each time: a batch is copied there, and the results
     are valid until the next call.
     """
@@ -135,7 +134,9 @@ def as_graph(step, warmup=3):
             return step(*batch)
         if not inputs:
             inputs.extend(tensor.clone() for tensor in batch)
-            with torch.cuda.graph(graph):      # records, and executes nothing
+            # Recording executes nothing. Graphs of one stream would share cuBLAS's workspace, and
+            # spoil each other, so this one gets its own.
+            with torch.cuda.graph(graph, stream=torch.cuda.Stream(inputs[0].device)):
                 outputs.extend(step(*inputs))
         for recorded, tensor in zip(inputs, batch):
             recorded.copy_(tensor)

@@ -309,8 +309,14 @@ def measure():
 
 # ------------------------------------------------------------------------------------- the tables
 
+def share_lost(peaks, means, untrained, rate):
+    """In %, of the fall from the untrained loss to the best peak's mean: what `rate` misses."""
+    loss = np.interp(math.log(rate), np.log(peaks), means)
+    return float(100 * (loss - min(means)) / (untrained - min(means)))
+
+
 def regrets(batch):
-    """{(model, optimizer): (best peak, {rule: [(rate, regret), or None where declined]})}"""
+    """{(model, optimizer): (best peak, {rule: [(rate, regret) or None: none]}, regret(rate))}"""
     pairs, results = defaultdict(lambda: (defaultdict(list), defaultdict(list))), {}
     for row in rows():
         if row["batch"] == batch:
@@ -325,15 +331,11 @@ def regrets(batch):
         untrained = statistics.mean(losses.pop(0))
         peaks = sorted(losses)
         means = [statistics.mean(min(loss, untrained) for loss in losses[peak]) for peak in peaks]
-
-        def regret(rate):
-            loss = np.interp(math.log(rate), np.log(peaks), means)
-            return float(100 * (loss - min(means)) / (untrained - min(means)))
-
+        regret = functools.partial(share_lost, peaks, means, untrained)
         rates["a constant"] = [OPTIMIZERS[pair[1]][4]]
         results[pair] = peaks[means.index(min(means))], {
             rule: [rate and (rate, regret(rate)) for rate in found]
-            for rule, found in rates.items() if rule in SHOWN}
+            for rule, found in rates.items() if rule in SHOWN}, regret
     return results
 
 
@@ -345,7 +347,7 @@ def summary(batch, shown=SHOWN):
     """A table's head and body: a row for each rule, over all pairs and sweeps."""
     pairs, body = regrets(batch), []
     for rule in shown:
-        asked = [found[rule] for _, found in pairs.values() if rule in found]
+        asked = [found[rule] for _, found, _ in pairs.values() if rule in found]
         answered = [[answer for answer in answers if answer] for answers in asked]
         sweeps = [regret for answers in answered for _, regret in answers]
         means = [statistics.mean(regret for _, regret in a) for a in answered if a]
@@ -364,7 +366,39 @@ def by_pair(batch):
         [", ".join(pair), f"{best:.2g}", *(
             f"{statistics.mean(a[1] for a in found[rule] if a):.1f}"
             if any(found.get(rule, [])) else "-" for rule in SHOWN)]
-        for pair, (best, found) in regrets(batch).items()]
+        for pair, (best, found, _) in regrets(batch).items()]
+
+
+LRMAX_OF = {"400": lambda slow, fast: slow, "100": lambda slow, fast: fast,
+            "400 and 100, geometric mean": lambda slow, fast: fast and (slow * fast) ** 0.5}
+
+
+def shares():
+    """A table's head and body: the best share of LRMAX, and the best without a pair's own model."""
+    body, inverses = [], [k / 10 for k in range(10, 61)]                # LRMAX down to LRMAX / 6
+
+    def best(costs):
+        return min(inverses, key=lambda inverse: statistics.mean(cost[inverse] for cost in costs))
+
+    for batch, (steps, reading) in itertools.product(BATCHES, LRMAX_OF.items()):
+        costs = {}
+        for pair, (_, found, regret) in regrets(batch).items():
+            slow = [answer and answer[0] for answer in found["LRMAX"]]
+            fast = [answer and 3 * answer[0] for answer in found["LRMAX / 3 of 100 steps"]]
+            if answers := [*filter(None, map(reading, slow, fast))]:
+                costs[pair] = {inverse: statistics.mean(regret(lr_max / inverse)
+                                                        for lr_max in answers)
+                               for inverse in inverses}
+        on_all = best(costs.values())
+        chosen = {pair: best([cost for other, cost in costs.items() if other[0] != pair[0]])
+                  for pair in costs}
+        lost = [costs[pair][chosen[pair]] for pair in costs]
+        body.append([steps, batch, len(costs), f"1 / {on_all}",
+                     f"{statistics.mean(cost[on_all] for cost in costs.values()):.1f}",
+                     f"1 / {min(chosen.values())} to 1 / {max(chosen.values())}",
+                     f"{statistics.mean(lost):.1f}", f"{max(lost):.1f}"])
+    return ["steps", "batch", "pairs", "best share of LRMAX", "mean regret",
+            "best without the pair's model", "mean regret", "worst pair"], body
 
 
 if __name__ == "__main__":
