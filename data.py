@@ -132,7 +132,7 @@ if triton:
         red, green, blue = tl.load(inverse_std), tl.load(inverse_std + 1), tl.load(inverse_std + 2)
         scale = tl.where(channel == 0, red, tl.where(channel == 1, green, blue))
         value = (pixel - colour) * scale                              # stored as out's dtype
-        # The cutout: one `where` for columns, one for rows; both at once would take longer.
+        # The cutout: one `where` for columns, one for rows; both at once need more code.
         cut_row, cut_column = row - cut_y + CUT // 2, column - cut_x + CUT // 2
         cut = tl.where((cut_column >= 0) & (cut_column < CUT), 0.0, value)
         value = tl.where((cut_row >= 0) & (cut_row < CUT), cut, value)
