@@ -126,7 +126,7 @@ if triton:
         x = tl.abs(tl.where(flip == 1, SIZE - 1 - column, column) + left - PAD)
         x = tl.minimum(x, 2 * (SIZE - 1) - x)
         pixel = tl.gather(picture, x * 3 + channel + y * (SIZE * 3), 0).to(tl.float32)
-        # Three loads and a select, instead of one load for each of the 3,072 values.
+        # Three loads and two selects, instead of one load for each of the 3,072 values.
         red, green, blue = tl.load(mean), tl.load(mean + 1), tl.load(mean + 2)
         colour = tl.where(channel == 0, red, tl.where(channel == 1, green, blue))
         red, green, blue = tl.load(inverse_std), tl.load(inverse_std + 1), tl.load(inverse_std + 2)

@@ -12,14 +12,14 @@ watches the accuracy):
 
     sweep    lr_k = lr_start * (lr_end / lr_start) ^ (k / (steps - 1)),    k = 0 .. steps - 1
     LRMAX    the rate at the minimum of the smoothed curve before the first rise that exceeds both
-             15 % of the whole fall and the noise; of minima tied within the noise, the last
+             15 % of the whole fall and the noise; of points tied within the noise, the last
     lr       LRMAX / 2, the peak to train with
     LRMIN    LRMAX / 10, where a cycle up to LRMAX starts (Smith, arXiv 1803.09820, section 4.1)
 
-At LRMAX a step undoes as much as it gains, and a faster sweep reads a higher LRMAX. Half of it,
-read in 400 steps, was a good peak for seven small models trained for 300 (docs/measurements.md has
-the table). train.py sweeps in 100 steps and goes up to LRMAX: for its network a rate too high costs
-less than one too low.
+At LRMAX a step undoes as much as it gains, and a faster sweep reads a higher one. Half the LRMAX of
+400 steps was a good peak for seven small models in batches of 32 (docs/measurements.md has the
+table). train.py sweeps in 100 steps and goes up to LRMAX: with Muon, too high a rate cost its
+network less than too low a one.
 
     def loss(batch):                     # as in training; on a GPU it moves the batch there
         inputs, labels = batch
@@ -137,8 +137,8 @@ def enough(losses):
     """Has LRMAX been passed? Half of the gain is lost again, or the loss explodes.
 
     The usual rule, 4 times the lowest loss, fails in two ways: with batch normalisation the loss
-    stays bounded, as the weights' scale does not matter; and when the loss is almost 0, noise alone
-    triggers it. This one compares medians of 5 losses, so no single bad batch decides.
+    may never rise as far, as the weights' scale does not matter; and when it is almost 0, noise
+    alone triggers it. This one compares medians of 5 losses, so no single bad batch decides.
     """
     if len(losses) < FEWEST + MEDIAN:
         return False

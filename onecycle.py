@@ -12,7 +12,7 @@ r"""The one-cycle policy: the learning rate rises once and falls once.
 A step is one batch, not one epoch; the T steps are numbered k = 0 .. T - 1. CIFAR-10 in batches of
 512 has 97 steps an epoch, so for 24 epochs T = 2328 and P = 5 * 97 = 485.
 
-Most schedules end in *annihilation*: the rate falls to zero. This one stops at LRMIN, as the
+Many schedules end in *annihilation*: the rate falls to zero. This one stops at LRMIN, as the
 assignment asks, and leaves the weights noisy; train.py averages the noise out. If you do not
 average the weights, pass end=0.
 

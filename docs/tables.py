@@ -266,7 +266,7 @@ def ladder(rows):
     a, b = ([100 * row["averaged"] for row in same] for same in (muon, plain))
     lead = statistics.mean(a) - statistics.mean(b)
     error = (statistics.variance(a) / len(a) + statistics.variance(b) / len(b)) ** 0.5
-    return lines(["", "accuracy in %", "n", "gain", "how"], [
+    return lines(["", "accuracy in %", "n", "gain", "to repeat"], [
         ["the above with SGD, LRMAX 0.2; raw weights", mean(plain, "raw"), len(plain), "",
          "`python train.py --optimizer sgd --lr-max 0.2`, column `raw`"],
         ["+ averaged weights, fresh batch statistics", mean(plain, "averaged"), len(plain), average,
