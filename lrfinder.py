@@ -73,7 +73,7 @@ class Curve(NamedTuple):
 class Suggestion(NamedTuple):
     """The learning rates that `suggest` read off a curve."""
     lr: float                 # LRMAX / 2: the peak to train with, if the sweep had 400 steps
-    lr_max: float             # the limit
+    lr_max: float             # where the descent ends
     lr_min: float             # LRMAX / 10, where a cycle up to it starts and ends
     steepest: float
 

@@ -152,15 +152,25 @@ def gain(a, b, *path):
 
 
 def beside_the_recipe(rows, part, width, images):
-    """Each arm of a part on held-out images, and its paired gain over the recipe."""
-    arms = defaultdict(list)
+    """Each arm of a part on held-out images, and its paired gain over the recipe.
+
+    A last column has the gain on all images that are not trained on, where they were counted.
+    """
+    arms, wide = defaultdict(list), defaultdict(list)
     for row in pick(rows, part, width, images):
         arms[str(row["arm"])].append(row)
+        if "all held out" in row:
+            wide[str(row["arm"])].append(row)
     body = [[ARMS.get(arm, arm), mean(same, "held out", "averaged"), mean(same, "held out", "raw"),
-             len(same), gain(same, arms["{}"], "held out", "averaged") if arm != "{}" else ""]
+             len(same), *(["", "", ""] if arm == "{}" else [
+                 gain(same, arms["{}"], "held out", "averaged"),
+                 gain(wide[arm], wide["{}"], "all held out", "averaged"),
+                 len(wide[arm]) or ""])]
             for arm, same in arms.items()]
     body.sort(key=lambda row: (row[0] != "the recipe", -float(row[4].split(" ")[0] or 0)))
-    return lines(["", "averaged", "raw", "n", "gain, on the same seeds"], body)
+    head = ["", "averaged", "raw", "n", "gain, on the same seeds", "gain on all 25,000", "n"]
+    columns = len(head) if any(wide.values()) else 5
+    return lines(head[:columns], [row[:columns] for row in body])
 
 
 def rise(rows):
