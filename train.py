@@ -110,7 +110,7 @@ def make_step(net, optimizer, scaler, loss_function=nll_loss):
         return loss.detach(), (log_probabilities.argmax(1) == labels).sum()
 
     # A CUDA graph cannot stop to read a value back. The scaler must read whether fp16 overflowed,
-    # and torch's optimizers read the learning rate, unless capturable; SGD, unless fused.
+    # and torch's optimizers read the learning rate, unless they are capturable, or fused SGD.
     stays_on_gpu = optimizer.defaults.get("capturable", optimizer.defaults.get("fused"))
     if device.type != "cuda" or scaler.is_enabled() or not stays_on_gpu:
         return step

@@ -34,8 +34,8 @@ COMMIT = "cdace6e"        # the first at which a seed draws the random numbers t
 RECIPE = {"optimizer": "muon", "schedule": "one cycle", "lr": 0.1, "epochs": 24, "start": 0.1,
           "end": 0.1, "smoothing": 0.0, "sharpness": 1.0, "decay": train.AVERAGE_DECAY,
           "momentum": None, "weight_decay": 1e-3, "flip": "alternating", "share": None,
-          "fc": 1, "norms": 1, "fc momentum": None, "norms momentum": None, "start_from": None,
-          "ghost": False, "uphill": 0.0, "teacher": 0.0}
+          "fc": 1, "norms": 1, "fc momentum": None, "start_from": None, "ghost": False,
+          "uphill": 0.0, "teacher": 0.0}
 
 
 def sgd(schedule, lr, **more):
@@ -103,17 +103,16 @@ PARTS = {
     "recipe": [{}, {"smoothing": 0.1}, {"smoothing": 0.2}, {"decay": 0.995}, {"sharpness": 2.0},
                {"sharpness": 8.0}, {"flip": "coin"}, {"momentum": 0.9}, {"weight_decay": 0.0}],
     # What has never been tuned: the rates of what Muon leaves to SGD, the last layer and the norms'
-    # scales and biases, as multiples of the convolutions', and its momentum; where the weights
-    # start; how many images batch statistics are of; larger last steps; gradients taken a little
-    # uphill in the last five epochs; the network's own answer of an epoch ago in the label.
+    # scales and biases, as multiples of the convolutions', and the last layer's momentum; where the
+    # weights start; how many images batch statistics are of; larger last steps; gradients taken a
+    # little uphill in the last five epochs; the network's own answer of an epoch ago in the label.
     "choices": [{}, {"fc": 8, "norms": 8}, {"fc": 8}, {"norms": 8},
                 {"fc": 8, "norms": 8, "weight_decay": 1.25e-4}, {"start_from": "identity"},
                 {"start_from": "patches"}, {"start_from": "patches, frozen"}, {"ghost": True},
                 {"momentum": "0.6 .. 0.85"}, {"decay": 0.995, "lr": 0.125},
                 {"decay": 0.998, "lr": 0.125}, {"fc": 8, "norms": 8, "smoothing": 0.2},
                 {"uphill": 0.2}, {"teacher": 0.5}, {"fc": 2, "norms": 2, "smoothing": 0.2},
-                {"fc": 32}, {"fc": 8, "start_from": "identity"}, {"fc momentum": 0.9},
-                {"fc momentum": 0.9, "norms momentum": 0.9}],
+                {"fc": 32}, {"fc": 8, "start_from": "identity"}, {"fc momentum": 0.9}],
 }
 
 
@@ -242,7 +241,6 @@ def make_arms_optimizer(net, arm):
         norms, last = optimizer.param_groups[1], [*net.fc.parameters()]
         norms["params"] = [w for w in norms["params"] if not any(w is v for v in last)]
         norms["lr"] *= arm["norms"]
-        norms["momentum"] = arm["norms momentum"] or norms["momentum"]
         optimizer.add_param_group({"params": last, "lr": arm["lr"] * arm["fc"], "momentum":
                                    arm["fc momentum"] or optimizer.defaults["momentum"]})
     for group in optimizer.param_groups:

@@ -316,7 +316,7 @@ def share_lost(peaks, means, untrained, rate):
 
 
 def regrets(batch):
-    """{(model, optimizer): (best peak, {rule: [(rate, regret) or None: none]}, regret(rate))}"""
+    """{(model, optimizer): (best peak, {rule: [(rate, regret) or None]}, the function regret)}"""
     pairs, results = defaultdict(lambda: (defaultdict(list), defaultdict(list))), {}
     for row in rows():
         if row["batch"] == batch:
@@ -380,9 +380,10 @@ def shares():
     def best(costs):
         return min(inverses, key=lambda inverse: statistics.mean(cost[inverse] for cost in costs))
 
+    pairs = {batch: regrets(batch) for batch in BATCHES}
     for batch, (steps, reading) in itertools.product(BATCHES, LRMAX_OF.items()):
         costs = {}
-        for pair, (_, found, regret) in regrets(batch).items():
+        for pair, (_, found, regret) in pairs[batch].items():
             slow = [answer and answer[0] for answer in found["LRMAX"]]
             fast = [answer and 3 * answer[0] for answer in found["LRMAX / 3 of 100 steps"]]
             if answers := [*filter(None, map(reading, slow, fast))]:

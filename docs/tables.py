@@ -33,7 +33,6 @@ ARMS = {
     "{'fc': 8}": "last layer's rate x 8", "{'fc': 32}": "last layer's rate x 32",
     "{'norms': 8}": "norms' rate x 8",
     "{'fc momentum': 0.9}": "last layer's momentum 0.9",
-    "{'fc momentum': 0.9, 'norms momentum': 0.9}": "last layer's and norms' momentum 0.9",
     "{'fc': 8, 'norms': 8, 'weight_decay': 0.000125}": "last layer and norms x 8, decay / 8",
     "{'fc': 8, 'norms': 8, 'smoothing': 0.2}": "last layer and norms x 8, label smoothing 0.2",
     "{'start_from': 'identity'}": "widening convolutions start as the identity",
@@ -154,7 +153,7 @@ def gain(a, b, *path):
 def beside_the_recipe(rows, part, width, images):
     """Each arm of a part on held-out images, and its paired gain over the recipe.
 
-    A last column has the gain on all images that are not trained on, where they were counted.
+    The last two columns: the gain on all images that are not trained on, where it was counted.
     """
     arms, wide = defaultdict(list), defaultdict(list)
     for row in pick(rows, part, width, images):
