@@ -149,7 +149,7 @@ def enough(losses):
     threshold = REBOUND * gained if gained > FALL * abs(start) else gained + RUNAWAY * abs(start)
     # The noise of the last third too: before anything is learned, batches hardly differ.
     sigma = max(noise(losses), noise(losses[len(losses) * 2 // 3:]))
-    return bool(medians[-1] - lowest > max(threshold, SIGNIFICANT * sigma))
+    return medians[-1] - lowest > max(threshold, SIGNIFICANT * sigma)
 
 
 # ------------------------------------------------------------------------------------ the reading
@@ -182,14 +182,13 @@ def suggest(curve):
             break
     else:                                 # no break (if there was one, k marks the clear rise)
         raise not_found("the loss falls to the end of the sweep", "raise its highest learning rate")
-    if best < FEWEST // 2:                                # even `start` lies after the minimum
+    if best < half:                                       # even `start` lies after the minimum
         raise not_found("the loss only rises", "start the sweep lower")
     # In a flat valley noise picks the lowest point: take the last of those that tie with it.
     best = max(j for j in range(best, k) if smoothed[j] <= smoothed[best] + TIED * sigma)
-    first = min(half, best)                               # before it, the curve is hardly smoothed
-    slopes = np.gradient(smoothed, np.log(lrs))[first:best + 1]
+    slopes = np.gradient(smoothed, np.log(lrs))[half:best + 1]       # before, hardly smoothed
     return Suggestion(lr=lrs[best] / 2, lr_max=lrs[best], lr_min=lrs[best] / 10,
-                      steepest=lrs[first + int(np.argmin(slopes))])
+                      steepest=lrs[half + int(np.argmin(slopes))])
 
 
 def smooth(losses):

@@ -846,6 +846,15 @@ def test_sweep_closed_form():
     assert curve.losses[1:] == pytest.approx(curve.losses[0] * factors, rel=1e-9)
 
 
+def test_sweep_scales():
+    """By a scaler of its own: a scale that is too large costs one step; the caller's stays."""
+    net, loss = quadratic([3.0])
+    net, scaler = net.float(), torch.amp.GradScaler("cpu", 2.0**127)      # 3 times that is infinite
+    first, second, third, *_ = range_test(net, torch.optim.SGD(net.parameters()), loss, [0],
+                                          scaler=scaler, steps=20).losses
+    assert first == second > third and scaler.get_scale() == 2.0**127
+
+
 @each("momentum, nesterov", [(0, False), (0.9, False), (0.9, True)])
 def test_sweep_stability(momentum, nesterov):
     """Stops past 2/L, 2(1+b)/L, and 2(1+b)/(L(1+2b)) for Nesterov; nearer with more steps."""
@@ -874,14 +883,15 @@ LATE_NOISE = [3.0] * 50 + np.random.default_rng(2).normal(1.6, 0.5, 50).tolist()
 
 @each("losses, ended", [
     (GAINED + [1.6 + 0.45 * 1.4] * 60, "all"), (GAINED + [1.6 + 0.55 * 1.4] * 60, "rise"),
-    ([1.0] * 40 + [3.9] * 60, "all"), ([1.0] * 40 + [4.1] * 60, "rise"),
-    ([1.0] * 20 + [0.91] * 20 + [3.95] * 60, "all"),
-    ([1.0] * 20 + [0.91] * 20 + [4.05] * 60, "rise"), ([0.0] * 100, "all"), (LATE_NOISE, "all"),
-    ([-1.0, -1.1] * 50, "all"), ([1.0] * 15 + [math.nan], "not finite"),
+    ([2.0] * 40 + [7.9] * 60, "all"), ([2.0] * 40 + [8.1] * 60, "rise"),
+    ([2.0] * 20 + [1.82] * 20 + [7.9] * 60, "all"),
+    ([2.0] * 20 + [1.82] * 20 + [8.1] * 60, "rise"), ([0.0] * 100, "all"), (LATE_NOISE, "all"),
+    ([-2.0] * 40 + [3.9] * 60, "all"), ([-2.0] * 40 + [4.1] * 60, "rise"),
+    ([1.0] * 15 + [math.nan], "not finite"),
     ([1.0] * 15 + [math.inf], "not finite"), ([1.0] * 30, "only 30 of 100 batches"),
     ([], "only 0 of 100 batches")])
 def test_sweep_ends(losses, ended):
-    """Where half of the gain is lost; without one, at 4 times the start; negative may be normal."""
+    """Where half of the gain is lost; without one, 3 times the start's size above it."""
     curve = replay(losses)
     whole = ended in ("all", "rise")                      # a curve that says all there is to say
     assert curve.ended == "" if whole else ended in curve.ended
@@ -1072,7 +1082,7 @@ WIGGLE = (20, 2.3, 2.3), (20, 2.3, 1.9), (3, 1.9, 1.96), (17, 1.9, 1.5), (30, 1.
 
 @each("pieces, place, noise, wild", [
     (FALL_AND_RISE, 59, 0, {}), (WIGGLE, 59, 0.05, {}),
-    (((8, 2.3, 2.3), (8, 2.3, 2), (8, 2, 2.4), (36, 2.4, 1.5), (30, 1.5, 2.4)), 59, 0, {}),
+    (((20, 2.3, 2.3), (15, 2.3, 1.95), (15, 1.95, 2.2), (30, 2.2, 1.5), (30, 1.5, 3)), 79, 0, {}),
     ((*FALL_AND_RISE, (20, 2.4, 1.2), (20, 1.2, 3)), 59, 0, {}),
     (((20, 2.3, 2.3), (25, 2.3, 1.8), (15, 1.8, 1.96), (30, 1.96, 1.5), (30, 1.5, 3)), 89, 0, {}),
     (((20, 2.3, 2.3), (25, 2.3, 1.8), (15, 1.8, 1.99), (30, 1.99, 1.5), (30, 1.5, 3)), 44, 0, {}),
@@ -1104,6 +1114,16 @@ def test_lrmax_clear(monkeypatch, fall, clear):
     assert (place_of_lrmax(curve) is not None) == clear
 
 
+@each("rise, clear", [(5.5, False), (6.5, True)])
+def test_lrmax_clear_rise(monkeypatch, rise, clear):
+    """And so does a rise that is large enough, here a third of the fall."""
+    curve = curve_of((20, 4, 4), (20, 4, 3.2), (20, 3.2, 3.55), (30, 3.55, 3), (30, 3, 7))
+    smoothed = smooth(curve.losses)
+    sigma = (max(smoothed[50:70]) - min(smoothed[:50])) / rise
+    monkeypatch.setattr(lrfinder, "noise", lambda losses: sigma / math.sqrt(3 / 4 / 8))
+    assert (place_of_lrmax(curve) < 60) == clear
+
+
 def test_lrmax_flat_valley(monkeypatch):
     """The last point within a standard deviation of the lowest."""
     curve = curve_of((20, 4, 4), (20, 4, 1), (30, 1, 1.1), (30, 1.1, 4))
@@ -1128,6 +1148,7 @@ def test_steepest(lrs, middle, noise):
     (curve_of((100, 2.3, 2.3)), "never falls"), (curve_of((100, 0, 0)), "never falls"),
     (curve_of((50, 2.3, 2.25), (50, 2.25, 9)), "never falls"),
     (curve_of((20, 1, 1), (30, 1, 0.91), (30, 0.91, 3)), "never falls"),
+    (curve_of((20, -1, -1), (30, -1, -1.09), (30, -1.09, 3)), "never falls"),
     (curve_of((40, 0.1, 2.1)), "only rises|never falls"),
     (curve_of((5, 3, 1), (60, 1, 9)), "only rises|never falls"),
     (curve_of((6, 3.5, 1), (54, 1.5, 28)), "only rises"),
