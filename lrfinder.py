@@ -188,7 +188,7 @@ def suggest(curve):
     best = max(j for j in range(best, k) if smoothed[j] <= smoothed[best] + TIED * sigma)
     slopes = np.gradient(smoothed, np.log(lrs))[half:best + 1]       # before, hardly smoothed
     return Suggestion(lr=lrs[best] / 2, lr_max=lrs[best], lr_min=lrs[best] / 10,
-                      steepest=lrs[half + int(np.argmin(slopes))])
+                      steepest=lrs[half + np.argmin(slopes)])
 
 
 def smooth(losses):
@@ -204,7 +204,7 @@ def smooth(losses):
     for k in range(len(losses)):
         reach = min(half_window(len(losses)), k, len(losses) - 1 - k)
         weights = np.cos(math.pi / 2 * np.arange(-reach, reach + 1) / (reach + 1)) ** 2
-        smoothed.append(float(np.average(medians[k - reach:k + reach + 1], weights=weights)))
+        smoothed.append(np.average(medians[k - reach:k + reach + 1], weights=weights))
     return smoothed
 
 
@@ -219,7 +219,7 @@ def noise(losses):
     Their median size, unlike their mean square, is insensitive to outliers and to the end of a
     divergence; for normal noise it is 0.6745 standard deviations.
     """
-    return float(np.median(np.abs(np.diff(losses, 2)))) / 0.6745 / math.sqrt(6)
+    return np.median(np.abs(np.diff(losses, 2))) / 0.6745 / math.sqrt(6)
 
 
 # ------------------ the lesson ends here; below, the picture, and how everything is restored
