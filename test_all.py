@@ -188,6 +188,8 @@ def test_model_computes():
     y = residual(block(block(y, "layer2", pool=True), "layer3.0", pool=True), "layer3")
     y = F.max_pool2d(y, 4, 2).flatten(1) @ w["fc.weight"].T + w["fc.bias"]
     torch.testing.assert_close(net(x), (0.125 * y).log_softmax(1), rtol=1e-4, atol=1e-5)
+    with torch.autocast("cpu", BF16):
+        assert net(x).dtype == torch.float32
 
 
 @each("device, native, dtype", [("cuda", True, BF16), ("cuda", False, torch.float16),
@@ -233,6 +235,7 @@ def test_muon_orthogonal(shape):
     torch.testing.assert_close(model.orthogonal(matrix), orthogonal_by_svd(matrix),
                                rtol=1e-4, atol=1e-5)
     assert torch.equal(model.orthogonal(0 * matrix), 0 * matrix)                   # not 0 / 0
+    assert model.orthogonal(matrix, BF16).dtype == BF16
 
 
 def small_net():
@@ -279,8 +282,8 @@ def test_muon_by_hand():
     shapes = (24, 16, 3, 3), (4, 3), (1, 4), (5,)
     conv, zeros, still, plain = (nn.Parameter(torch.randn(shape)) for shape in shapes)
     nn.init.zeros_(zeros)
-    w, kept, other, gradient = (x.detach().clone() for x in (conv, still, plain, 3 * conv))
-    rate = torch.tensor(0.1234567)
+    w, kept, other = (x.detach().clone() for x in (conv, still, plain))
+    gradient, rate = torch.randn(shapes[0]), torch.tensor(0.1234567)
     optimizer = copy.deepcopy(model.Muon([
         {"params": [("a", conv), ("b", zeros), ("c", still)], "orthogonal": True},
         {"params": [("d", plain)], "lr": 0.01}], rate, 0.6, 1, BF16))
