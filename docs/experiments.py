@@ -34,8 +34,8 @@ COMMIT = "cdace6e"        # the first at which a seed draws the random numbers t
 RECIPE = {"optimizer": "muon", "schedule": "one cycle", "lr": 0.1, "epochs": 24, "start": 0.1,
           "end": 0.1, "smoothing": 0.0, "sharpness": 1.0, "decay": train.AVERAGE_DECAY,
           "momentum": None, "weight_decay": 1e-3, "flip": "alternating", "share": None,
-          "fc": 1, "norms": 1, "fc momentum": None, "start_from": None, "ghost": False,
-          "uphill": 0.0, "teacher": 0.0}
+          "fc": 1, "norms": 1, "fc momentum": None, "start_from": None, "zero fc": False,
+          "ghost": False, "uphill": 0.0, "teacher": 0.0}
 
 
 def sgd(schedule, lr, **more):
@@ -112,7 +112,8 @@ PARTS = {
                 {"momentum": "0.6 .. 0.85"}, {"decay": 0.995, "lr": 0.125},
                 {"decay": 0.998, "lr": 0.125}, {"fc": 8, "norms": 8, "smoothing": 0.2},
                 {"uphill": 0.2}, {"teacher": 0.5}, {"fc": 2, "norms": 2, "smoothing": 0.2},
-                {"fc": 32}, {"fc": 8, "start_from": "identity"}, {"fc momentum": 0.9}],
+                {"fc": 32}, {"fc": 8, "start_from": "identity"}, {"fc momentum": 0.9},
+                {"start_from": "patches", "zero fc": True, "sharpness": 2.83}],
 }
 
 
@@ -230,6 +231,9 @@ def change(net, arm, images):
         largest = vectors.flip(0)[:min(20, len(weight) // 2)].view(-1, 3, 3, 3)
         weight[:2 * len(largest)] = torch.cat([largest, -largest])
         weight.requires_grad = arm["start_from"] != "patches, frozen"
+    if arm["zero fc"]:
+        nn.init.zeros_(net.fc.weight)
+        nn.init.zeros_(net.fc.bias)
     for module in net.modules():
         if arm["ghost"] and isinstance(module, nn.BatchNorm2d):
             module.__class__ = GhostNorm
