@@ -39,7 +39,7 @@ ARMS = {
     "{'fc': 8, 'start_from': 'identity'}": "last layer's rate x 8, start as the identity",
     "{'start_from': 'patches'}": "first layer starts as the patches' eigenvectors",
     "{'start_from': 'patches', 'zero fc': True, 'sharpness': 2.83}":
-        "the same, last layer starts as zeros, logits x 0.35",
+        "first layer starts as the patches' eigenvectors, last as zeros with logits x 0.35",
     "{'start_from': 'patches, frozen'}": "first layer is the patches' eigenvectors, frozen",
     "{'ghost': True}": "batch normalisation of 128 images at a time",
     "{'momentum': '0.6 .. 0.85'}": "momentum up to 0.85 in the last quarter",
