@@ -895,7 +895,7 @@ LATE_NOISE = [3.0] * 50 + np.random.default_rng(2).normal(1.6, 0.5, 50).tolist()
     ([1.0] * 15 + [math.inf], "not finite"), ([1.0] * 30, "only 30 of 100 batches"),
     ([], "only 0 of 100 batches")])
 def test_sweep_ends(losses, ended):
-    """Where half of the gain is lost; without one, 3 times the start's size above it."""
+    """Where half of the gain is lost; without a gain, at the start plus three times its size."""
     curve = replay(losses)
     whole = ended in ("all", "rise")                      # a curve that says all there is to say
     assert curve.ended == "" if whole else ended in curve.ended
@@ -1097,7 +1097,8 @@ WIGGLE = (20, 2.3, 2.3), (20, 2.3, 1.9), (3, 1.9, 1.96), (17, 1.9, 1.5), (30, 1.
 def test_lrmax(pieces, place, noise, wild):
     """The first minimum before a rise of 15 % of the fall (here 13 and 16 %); with noise, too.
 
-    An early spike, a bad batch or two in mid-descent or a wild last point do not move it.
+    A dip before half of the fall, an early spike, a bad batch or two in mid-descent or a wild last
+    point do not move it.
     """
     for seed in range(10 if noise else 1):
         curve = curve_of(*pieces)
@@ -1121,7 +1122,7 @@ def test_lrmax_clear(monkeypatch, fall, clear):
 
 @each("rise, clear", [(5.5, False), (6.5, True)])
 def test_lrmax_clear_rise(monkeypatch, rise, clear):
-    """And so does a rise that is large enough, here a third of the fall."""
+    """A rise counts from six standard deviations, too; here it is a third of the fall."""
     curve = curve_of((20, 4, 4), (20, 4, 3.2), (20, 3.2, 3.55), (30, 3.55, 3), (30, 3, 7))
     smoothed = smooth(curve.losses)
     sigma = (max(smoothed[50:70]) - min(smoothed[:50])) / rise

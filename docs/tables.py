@@ -155,7 +155,8 @@ def gain(a, b, *path):
 def beside_the_recipe(rows, part, width, images):
     """Each arm of a part on held-out images, and its paired gain over the recipe.
 
-    The last two columns: the gain on all images that are not trained on, where it was counted.
+    Where all images that are not trained on were counted, too: the gain on them, and on the test
+    set, which decides nothing.
     """
     arms, wide = defaultdict(list), defaultdict(list)
     for row in pick(rows, part, width, images):
@@ -163,13 +164,14 @@ def beside_the_recipe(rows, part, width, images):
         if "all held out" in row:
             wide[str(row["arm"])].append(row)
     body = [[ARMS.get(arm, arm), mean(same, "held out", "averaged"), mean(same, "held out", "raw"),
-             len(same), *(["", "", ""] if arm == "{}" else [
+             len(same), *([""] * 4 if arm == "{}" else [
                  gain(same, arms["{}"], "held out", "averaged"),
-                 gain(wide[arm], wide["{}"], "all held out", "averaged"),
-                 len(wide[arm]) or ""])]
+                 gain(wide[arm], wide["{}"], "all held out", "averaged"), len(wide[arm]) or "",
+                 gain(same, arms["{}"], "averaged") if wide["{}"] else ""])]
             for arm, same in arms.items()]
     body.sort(key=lambda row: (row[0] != "the recipe", -float(row[4].split(" ")[0] or 0)))
-    head = ["", "averaged", "raw", "n", "gain, on the same seeds", "gain on all 25,000", "n"]
+    head = ["", "averaged", "raw", "n", "gain, on the same seeds", "gain on all 25,000", "n",
+            "gain on the test set"]
     columns = len(head) if any(wide.values()) else 5
     return lines(head[:columns], [row[:columns] for row in body])
 
