@@ -1091,6 +1091,7 @@ WIGGLE = (20, 2.3, 2.3), (20, 2.3, 1.9), (3, 1.9, 1.96), (17, 1.9, 1.5), (30, 1.
     (((20, 2.3, 2.3), (25, 2.3, 1.8), (15, 1.8, 1.96), (30, 1.96, 1.5), (30, 1.5, 3)), 89, 0, {}),
     (((20, 2.3, 2.3), (25, 2.3, 1.8), (15, 1.8, 1.99), (30, 1.99, 1.5), (30, 1.5, 3)), 44, 0, {}),
     (((20, 1, 1), (30, 1, 0.88), (30, 0.88, 3)), 49, 0, {}),
+    (((3, 2.3, 2.3), (6, 2, 0.5), (3, 1, 3)), 8, 0, {}),
     (((10, 9, 0), (51, 1, 51)), 9, 0, {}),
     *((FALL_AND_RISE, 59, 0, wild) for wild in (
         {3: 4, 4: 4}, {40: 6}, {40: 6, 41: 6}, {45: 0}, {89: 10}, {40: 1000}))])
@@ -1183,8 +1184,8 @@ def test_smooth():
     spikes = np.where(np.isin(np.arange(83), (30, 50, 51)), 9, line)
     assert np.allclose(smooth(line)[10:-10], line[10:-10])
     assert np.allclose(smooth(spikes), line, atol=0.04)
-    for half, reach in ((41, 7), (200, 20)):      # of a step from 0 to 1; cos^2 is central, and
-        step = np.array(smooth([0.0] * half + [1.0] * half))           # steepest by 1 / (reach + 1)
+    for half, reach in ((9, 4), (41, 7), (200, 20)):      # a step from 0 to 1; cos^2 is central,
+        step = np.array(smooth([0.0] * half + [1.0] * half))      # and steepest by 1 / (reach + 1)
         assert np.allclose(step + step[::-1], 1)
         assert np.diff(step).max() == pytest.approx(1 / (reach + 1))
         assert step[half - reach - 1] == 0 < step[half - reach]
