@@ -1372,7 +1372,7 @@ def test_run_by_default(folder, monkeypatch):
 
 
 def test_run_reports_the_last_epoch(folder, monkeypatch):
-    """Never the best one; and the flipped figure apart, as not the result."""
+    """Never the best one; and the flipped figure apart, as not the result. Each epoch is a line."""
     values, results = iter([0.5, 0.875, 0.25, 0.375, 0.625, 0.125]), []  # raw, averaged of 3 epochs
     monkeypatch.setattr(train, "PEAK", 1)                                # may be the last step, too
     monkeypatch.setattr(train, "accuracy", lambda *_, flip=False: 0.95 if flip else next(values))
@@ -1380,6 +1380,10 @@ def test_run_reports_the_last_epoch(folder, monkeypatch):
     monkeypatch.setattr(train, "train", lambda *a: results.append(whole_train(*a)) or results[0])
     out = succeed(*options(folder), "--out", folder / "falling")
     assert results == [0.125]
+    assert "3 epochs of 4 steps of 16: LRMIN 0.01, LRMAX 0.1 at step 11, LRMIN 0.1 at the end" in out
+    head, *rows = (line.split() for line in out[out.index("epoch  "):].splitlines()[:4])
+    assert [(row[0], *row[head.index("raw"):][:2]) for row in rows] == [
+        ("1", "50.00%", "87.50%"), ("2", "25.00%", "37.50%"), ("3", "62.50%", "12.50%")]
     result, flipped = out[out.index("last epoch"):].split("(not the result")
     assert "12.50%" in result and "62.50%" in result and "95" not in result and "95" in flipped
     saved = torch.load(folder / "falling" / "model.pt", weights_only=True)
@@ -1529,7 +1533,9 @@ def test_resume_after_exception(folder, monkeypatch, error, status, word):
     monkeypatch.setattr(train, "SAVE_EVERY", 0)
     monkeypatch.setattr(onecycle.OneCycle, "set", fail_once)
     end, _, err = command(*options(folder), "--out", out)
-    assert end == status and word in err and command("--resume", out)[0] == 0
+    assert end == status and word in err
+    rows = [line.split()[0] for line in succeed("--resume", out).splitlines() if line[:5].strip()]
+    assert rows[rows.index("epoch") + 1:][:3] == ["1", "2", "3"]         # the first one's line, too
     assert calls == [*range(7), *range(4, 12)] and outcome(out) == outcome(folder / "whole")
 
 
