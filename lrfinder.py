@@ -18,8 +18,8 @@ watches the accuracy):
 
 At LRMAX a step undoes as much as it gains, and a faster sweep reads a higher one. Half the LRMAX of
 400 steps was a good peak for seven small models in batches of 32 (docs/measurements.md has the
-table). train.py sweeps in 100 steps and goes up to LRMAX: with Muon, too high a rate cost its
-network less than too low a one.
+table). train.py sweeps in 100 steps and goes up to LRMAX: with Muon, at half size, too high a rate
+cost less than too low a one (one run each).
 
     def loss(batch):                     # as in training; on a GPU it moves the batch there
         inputs, labels = batch

@@ -134,7 +134,7 @@ def orthogonal(matrix, dtype=torch.float32):
 
     No decomposition is computed. X X^T X = U S^3 V^T, so products alone can replace every singular
     value s by a s + b s^3 + c s^5. Jordan chose a, b and c to make small s grow fast: with s <= 1
-    (the matrix is divided by its norm), three rounds map 0.02 .. 1 to 0.68 .. 1.21 (in bf16);
+    (the matrix is divided by its norm), three rounds map 0.02 .. 1 to 0.67 .. 1.21 (in bf16);
     smaller ones grow 41-fold at most. dtype: of the arithmetic and the result.
     """
     a, b, c = 3.4445, -4.7750, 2.0315

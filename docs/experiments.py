@@ -9,8 +9,8 @@ out": what rates are chosen by), and on all that are not trained on ("all held o
 stand there already are skipped, so the same command goes on after a break; all arms run with one
 seed, then with the next. docs/tables.py and docs/figures.py make tables and pictures of the lines.
 
-On a CPU half the network on half of the images takes 9 minutes for 24 epochs on two cores of Zen 5:
---width 32 --images 25000.
+Half the network on half of the images, --width 32 --images 25000, takes 9 minutes for 24 epochs on
+two cores of Zen 5, or some 18 for each of two side by side, with OMP_NUM_THREADS=1.
 """
 import argparse
 import copy

@@ -7,6 +7,7 @@
 """
 import functools
 import itertools
+import math
 import re
 import statistics
 from collections import defaultdict
@@ -119,17 +120,23 @@ def runs(rows, part, width, images):
 def apart(rows, width, images):
     """Raw and averaged weights, each with several kinds of batch statistics."""
     body = []
-    for part, schedule in (("sgd", "one cycle"), ("sgd", "annihilated"), ("sgd", "constant"),
-                           ("sgd", "steps"), ("muon", "one cycle"), ("muon", "annihilated")):
-        same = [row for row in pick(rows, part, width, images, schedule=schedule)
-                if "averaged, averaged statistics" in row]
+    kinds = "raw", "raw, measured", "averaged, averaged statistics", "averaged"
+    for part, name, arm in (("sgd", "SGD, one cycle", {"schedule": "one cycle"}),
+                            ("sgd", "SGD, one cycle to zero", {"schedule": "annihilated"}),
+                            ("sgd", "SGD, constant", {"schedule": "constant"}),
+                            ("sgd", "SGD, step decay", {"schedule": "steps"}),
+                            ("muon", "Muon, one cycle", {"schedule": "one cycle"}),
+                            ("muon", "Muon, one cycle to zero", {"schedule": "annihilated"}),
+                            ("choices", "Muon, one cycle: `choices`", {})):
+        same = [row for row in pick(rows, part, width, images, **arm)
+                if kinds[1] in row and (arm or not row["arm"])]
         if same:
-            body.append([f"{'SGD' if part == 'sgd' else 'Muon'}, {NAMES[schedule]}"] + [
-                f"{statistics.mean(100 * row[key] for row in same):.2f}" for key in (
-                    "raw", "raw, measured", "averaged, averaged statistics", "averaged")]
-                + [len(same)])
+            raw, *others = ([row.get(kind, math.nan) for row in same] for kind in kinds)
+            means = [f"{statistics.mean(100 * v for v in values):.2f}" for values in (raw, *others)]
+            body.append([name, *(text.replace("nan", "") for text in means),
+                         difference(others[2], raw), difference(others[0], raw), len(same)])
     return lines(["", "raw, running", "raw, measured", "averaged, averaged", "averaged, measured",
-                  "n"], body)
+                  "lead of the average", "of which statistics", "n"], body)
 
 
 def grid(rows, part, width, images, rates, arms):
