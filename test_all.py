@@ -1608,13 +1608,25 @@ def test_gpu_fp16(monkeypatch, optimizer):
     assert all(w.isfinite().all() and w.dtype == torch.float32 for w in net.parameters())
 
 
+AS_IT_IS = "import test_all, train; test_all.quick(dtype=None); train.main()"
+
+
+@needs_gpu
+def test_gpu_resume(folder):
+    """Killed and gone on with, against the uninterrupted run, bit for bit; graphs and all."""
+    whole, killed = folder / "whole on a gpu", folder / "killed on a gpu"
+    kill(*options(folder), "--out", killed, quick="dtype=None")
+    for arguments in ((*options(folder), "--out", whole), ("--resume", killed)):
+        assert "device    cpu" not in python(AS_IT_IS, *arguments)
+    assert outcome(killed) == outcome(whole)
+
+
 @needs_gpu
 def test_gpu_run_moves_to_the_cpu(folder):
     """Begun on a GPU, killed, and gone on with where no GPU is to be seen."""
     out = folder / "gpu"
     kill(*options(folder), "--out", out, quick="dtype=None")
-    text = python("import test_all, train; test_all.quick(dtype=None); train.main()", "--resume",
-                  out, CUDA_VISIBLE_DEVICES="")
+    text = python(AS_IT_IS, "--resume", out, CUDA_VISIBLE_DEVICES="")
     gpu, cpu = (train.read_checkpoint(run / "checkpoint.pt") for run in (out, folder / "whole"))
     assert "device    cpu" in text and len(gpu["history"]) == 3
     assert all(w.isfinite().all() for w in gpu["average"].values())
