@@ -113,7 +113,8 @@ PARTS = {
                 {"decay": 0.998, "lr": 0.125}, {"fc": 8, "norms": 8, "smoothing": 0.2},
                 {"uphill": 0.2}, {"teacher": 0.5}, {"fc": 2, "norms": 2, "smoothing": 0.2},
                 {"fc": 32}, {"fc": 8, "start_from": "identity"}, {"fc momentum": 0.9},
-                {"start_from": "patches", "zero fc": True, "sharpness": 2.83}],
+                {"start_from": "patches", "zero fc": True, "sharpness": 2.83},
+                {"start_from": "patches", "fc": 2, "norms": 2, "smoothing": 0.2}],
 }
 
 

@@ -41,6 +41,8 @@ ARMS = {
     "{'start_from': 'patches'}": "first layer starts as the patches' eigenvectors",
     "{'start_from': 'patches', 'zero fc': True, 'sharpness': 2.83}":
         "first layer starts as the patches' eigenvectors, last as zeros with logits x 0.35",
+    "{'start_from': 'patches', 'fc': 2, 'norms': 2, 'smoothing': 0.2}":
+        "patches' eigenvectors, last layer and norms x 2, label smoothing 0.2",
     "{'start_from': 'patches, frozen'}": "first layer is the patches' eigenvectors, frozen",
     "{'ghost': True}": "batch normalisation of 128 images at a time",
     "{'momentum': '0.6 .. 0.85'}": "momentum up to 0.85 in the last quarter",
