@@ -1380,7 +1380,7 @@ def test_run_reports_the_last_epoch(folder, monkeypatch):
     monkeypatch.setattr(train, "train", lambda *a: results.append(whole_train(*a)) or results[0])
     out = succeed(*options(folder), "--out", folder / "falling")
     assert results == [0.125]
-    assert "3 epochs of 4 steps of 16: LRMIN 0.01, LRMAX 0.1 at step 11, LRMIN 0.1 at the end" in out
+    assert "3 epochs of 4 steps of 16: LRMIN 0.01, LRMAX 0.1 at step 11, LRMIN 0.1" in out
     head, *rows = (line.split() for line in out[out.index("epoch  "):].splitlines()[:4])
     assert [(row[0], *row[head.index("raw"):][:2]) for row in rows] == [
         ("1", "50.00%", "87.50%"), ("2", "25.00%", "37.50%"), ("3", "62.50%", "12.50%")]
