@@ -45,7 +45,7 @@ import numpy as np
 import torch
 
 FEWEST = 10               # points that a curve needs
-HALF_WINDOW = 7           # points to either side when smoothing, from n / 20 to n / 4
+HALF_WINDOW = 7           # points to either side when smoothing; at least n / 20, at most n / 4
 MEDIAN = 5                # points in the running median: two outliers do not move it
 RISE = 0.15               # of the whole fall: a smaller rise does not end the descent
 FALL = 0.10               # of the starting loss: a curve that falls less shows nothing

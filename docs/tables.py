@@ -7,7 +7,6 @@
 """
 import functools
 import itertools
-import math
 import re
 import statistics
 from collections import defaultdict
@@ -131,12 +130,12 @@ def apart(rows, width, images):
                             ("muon", "Muon, one cycle to zero", {"schedule": "annihilated"}),
                             ("choices", "Muon, one cycle: `choices`", {})):
         same = [row for row in pick(rows, part, width, images, **arm)
-                if kinds[1] in row and (arm or not row["arm"])]
+                if "raw, measured" in row and (arm or not row["arm"])]
         if same:
-            raw, *others = ([row.get(kind, math.nan) for row in same] for kind in kinds)
-            means = [f"{statistics.mean(100 * v for v in values):.2f}" for values in (raw, *others)]
-            body.append([name, *(text.replace("nan", "") for text in means),
-                         difference(others[2], raw), difference(others[0], raw), len(same)])
+            body.append([name, *(mean([row for row in same if kind in row], kind)
+                                 for kind in kinds),
+                         *(difference([row[kind] for row in same], [row["raw"] for row in same])
+                           for kind in ("averaged", "raw, measured")), len(same)])
     return lines(["", "raw, running", "raw, measured", "averaged, averaged", "averaged, measured",
                   "lead of the average", "of which statistics", "n"], body)
 
