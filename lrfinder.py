@@ -13,10 +13,10 @@ watches the accuracy):
     sweep    lr_k = lr_start * (lr_end / lr_start) ^ (k / (steps - 1)),    k = 0 .. steps - 1
     LRMAX    the rate at the minimum of the smoothed curve before the first rise that exceeds both
              15 % of the whole fall and the noise; of points tied within the noise, the last
-    lr       LRMAX / 2, the peak to train with
+    lr       LRMAX / 2, the peak to train with after a sweep of 400 steps
     LRMIN    LRMAX / 10, where a cycle up to LRMAX starts (Smith, arXiv 1803.09820, section 4.1)
 
-At LRMAX a step undoes as much as it gains, and a faster sweep reads a higher one. Half the LRMAX of
+At LRMAX the loss stops falling; in a faster sweep it does so at a higher rate. Half the LRMAX of
 400 steps was a good peak for seven small models in batches of 32 (docs/measurements.md has the
 table). train.py sweeps in 100 steps and goes up to LRMAX: with Muon, at half size, too high a rate
 cost less than too low a one (one run each).

@@ -147,23 +147,23 @@ def as_graph(step, warmup=3):
 
 
 @torch.no_grad()
-def update_average(average, net, step):
+def update_average(average, net, k):
     """a <- d a + (1 - d) w. At first d is 0.1, 0.18, ...: untrained weights are soon forgotten."""
-    decay = min(AVERAGE_DECAY, (1 + step) / (10 + step))
+    decay = min(AVERAGE_DECAY, (1 + k) / (10 + k))
     for a, w in zip(average.parameters(), net.parameters()):
         a.lerp_(w, 1 - decay)
 
 
-def measure_statistics(average, loader, seed, epoch):
-    """Measure BatchNorm's means and variances under the averaged weights.
+def measure_statistics(net, loader, seed, epoch):
+    """Measure BatchNorm's means and variances under the weights as they are now.
 
-    No batch has run through these weights yet. update_bn forgets the old statistics, and averages
-    over the batches that it is given: here a tenth of the images; all of them in Izmailov et al.,
-    arXiv 1803.05407.
+    No batch has run through averaged weights yet. update_bn forgets the old statistics, and
+    averages over the batches that it is given: here a tenth of the images; all of them in
+    Izmailov et al., arXiv 1803.05407.
     """
     sample = islice(loader.epoch(seed, epoch), math.ceil(SAMPLE / loader.batch_size))
     with autocast(loader.device):
-        update_bn(sample, average)
+        update_bn(sample, net)
 
 
 @torch.no_grad()
@@ -194,7 +194,8 @@ def find_lr_max(net, optimizer, scaler, loader, seed, path):
     with tqdm(batches, "range test", SWEEP, leave=False, disable=None) as bar:
         curve = lrfinder.range_test(net, optimizer, loss, bar, steps=SWEEP, scaler=scaler)
     found, message = lrfinder.report(curve, path)
-    print(f"range     {len(curve.lrs)} steps in {time.perf_counter() - start:.0f} s: {message}",
+    seconds = time.perf_counter() - start
+    print(f"range     {len(curve.lrs)} steps in {seconds:.0f} s, to train up to LRMAX: {message}",
           flush=True)
     return found
 

@@ -48,6 +48,7 @@ ARMS = {
     "{'decay': 0.995, 'lr': 0.125}": "average with d up to 0.995, LRMAX 0.125",
     "{'decay': 0.998, 'lr': 0.125}": "average with d up to 0.998, LRMAX 0.125",
     "{'uphill': 0.2}": "gradients from 0.2 uphill (SAM) in the last five epochs",
+    "{'unit filters': True}": "the norm of each filter fixed, not of each layer",
     "{'teacher': 0.5}": "labels mixed with the last epoch's answers (PS-KD), up to 0.5",
     "{'fc': 2, 'norms': 2, 'smoothing': 0.2}": "last layer and norms x 2, label smoothing 0.2"}
 
@@ -318,6 +319,23 @@ def ends(rows):
     return lines(["", "LRMAX / 3", "LRMAX / 10", "LRMAX / 30", "0"], body)
 
 
+def taken(rows):
+    """Runs up to a share of the LRMAX that their seed finds, and their paired gains over all of it.
+
+    Accuracy of averaged weights on all images that are not trained on.
+    """
+    body, path = [], ("all held out", "averaged")
+    for optimizer, name in (("muon", "Muon"), ("sgd", "SGD")):
+        whole = pick(rows, "share", 32, 25000, optimizer=optimizer, share=1)
+        for share, text in ((1, "LRMAX"), (2 / 3, "2/3"), (1 / 2, "1/2"), (1 / 3, "1/3")):
+            same = pick(rows, "share", 32, 25000, optimizer=optimizer, share=share)
+            if same:
+                body.append([f"{name}, {text}", ", ".join(f"{row['lr']:.3f}" for row in same),
+                             mean(same, *path), mean(same, "all held out", "raw"), len(same),
+                             gain(same, whole, *path) if share < 1 else ""])
+    return lines(["", "rate, each seed", "averaged", "raw", "n", "gain over LRMAX"], body)
+
+
 def finders(rows):
     """The README's table: our rates, each package's, and a constant."""
     shown = "lr", "LRMAX", "torch-lr-finder, on our range", "fastai minimum / 10"
@@ -334,7 +352,7 @@ TABLES = {
     "recipe": lambda rows: beside_the_recipe(rows, "recipe", 64, 40000),
     "choices": lambda rows: beside_the_recipe(rows, "choices", 32, 25000),
     "short runs": short_runs, "map": decays, "budget": budget, "few images": few_images,
-    "ends": ends, "finders": finders,
+    "ends": ends, "taken": taken, "finders": finders,
     "finders, 32": lambda rows: lines(*range_test.summary(32)),
     "finders, 8": lambda rows: lines(*range_test.summary(8)),
     "shares": lambda rows: lines(*range_test.shares()),
