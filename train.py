@@ -181,7 +181,7 @@ def accuracy(net, batches, flip=False):
     return int(correct) / seen
 
 
-def find_lr_max(net, optimizer, scaler, loader, seed, path):
+def find_lr_max(net, optimizer, scaler, loader, seed, path, loss_function=nll_loss):
     """The Suggestion of a range test on the training batches, or None; net is left as it was."""
     start = time.perf_counter()
     batches = (batch for epoch in count() for batch in loader.epoch(seed, epoch))
@@ -189,7 +189,7 @@ def find_lr_max(net, optimizer, scaler, loader, seed, path):
     def loss(batch):
         inputs, labels = batch
         with autocast(loader.device):
-            return nll_loss(net(inputs), labels)
+            return loss_function(net(inputs), labels)
 
     with tqdm(batches, "range test", SWEEP, leave=False, disable=None) as bar:
         curve = lrfinder.range_test(net, optimizer, loss, bar, steps=SWEEP, scaler=scaler)

@@ -99,6 +99,9 @@ PARTS = {
     + [muon("one cycle", 0.1, start=share, end=share) for share in (1 / 3, 1 / 30)],
     "share": [{"optimizer": optimizer, "share": share} for share in (1, 2 / 3, 1 / 2, 1 / 3)
               for optimizer in ("muon", "sgd")],             # of the LRMAX that its seed finds
+    # What passed among `choices`, beside the recipe, each up to the LRMAX that it finds.
+    "full size": [{"share": 1}, {"share": 1, "start_from": "patches", "fc": 2, "norms": 2,
+                                 "smoothing": 0.2}],
     # One constant of the recipe at a time.
     "recipe": [{}, {"smoothing": 0.1}, {"smoothing": 0.2}, {"decay": 0.995}, {"sharpness": 2.0},
                {"sharpness": 8.0}, {"flip": "coin"}, {"momentum": 0.9}, {"weight_decay": 0.0}],
@@ -269,21 +272,21 @@ def unit_filters(optimizer, args, kwargs):
 
 def run(arm, seed, loader, held_out, compiled):
     """Train an arm; return what it reached."""
-    if arm["share"]:
-        start = train.set_up(loader, {"seed": seed, "optimizer": arm["optimizer"]})
-        found = train.find_lr_max(*start, loader, seed, Path("lr_range.png"))
-        arm = {**arm, "lr": arm["share"] * (found.lr_max if found else train.LR_MAX)}
     net = make_model(loader.device, seed, len(loader.data.classes), loader.data.width)
     change(net, arm, loader.data.train_images)
     average, raw = copy.deepcopy(net), copy.deepcopy(net)
-    if compiled:
-        net.compile()
-    optimizer = make_arms_optimizer(net, arm)
+    optimizer, scaler = make_arms_optimizer(net, arm), make_scaler(loader.device)
     arm = {**arm, "lr": arm["lr"] * max(1, arm["fc"], arm["norms"])}       # the largest group's
     teacher = Teacher(loader, arm["teacher"]) if arm["teacher"] else None
     loss_function = teacher.loss if teacher else lambda log_p, labels: (
         cross_entropy(log_p * arm["sharpness"], labels, label_smoothing=arm["smoothing"]))
-    step = train.make_step(net, optimizer, make_scaler(loader.device), loss_function)
+    if arm["share"]:
+        found = train.find_lr_max(net, optimizer, scaler, loader, seed, Path("lr_range.png"),
+                                  loss_function)
+        arm["lr"] = arm["share"] * (found.lr_max if found else train.LR_MAX)
+    if compiled:
+        net.compile()
+    step = train.make_step(net, optimizer, scaler, loss_function)
     train.AVERAGE_DECAY, epochs = arm["decay"], arm["epochs"]
     schedule, history = Schedule(optimizer, epochs * len(loader), arm), []
     for epoch in range(epochs):

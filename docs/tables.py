@@ -13,7 +13,7 @@ from collections import defaultdict
 from pathlib import Path
 
 from docs import range_test
-from docs.experiments import MAP_RATES, read
+from docs.experiments import MAP_RATES, PARTS, read
 
 HERE = Path(__file__).parent
 PAGES = HERE.parent / "README.md", HERE / "measurements.md"
@@ -319,6 +319,20 @@ def ends(rows):
     return lines(["", "LRMAX / 3", "LRMAX / 10", "LRMAX / 30", "0"], body)
 
 
+def full_size(rows):
+    """What passed at half size beside the recipe, each at full size up to the LRMAX it finds."""
+    body, recipe = [], []
+    for arm in PARTS["full size"]:
+        same = [row for row in pick(rows, "full size") if row["arm"] == arm]
+        name = ARMS[str({key: value for key, value in arm.items() if key != "share"})]
+        body.append([name, ", ".join(f"{row['lr']:.3f}" for row in same), mean(same, "averaged"),
+                     mean(same, "raw"), mean(same, "flipped"), len(same),
+                     gain(same, recipe, "averaged")])
+        recipe = recipe or same
+    return lines(["", "LRMAX, each seed", "averaged", "raw", "averaged over flips", "n", "gain"],
+                 body)
+
+
 def taken(rows):
     """Runs up to a share of the LRMAX that their seed finds, and their paired gains over all of it.
 
@@ -352,7 +366,7 @@ TABLES = {
     "recipe": lambda rows: beside_the_recipe(rows, "recipe", 64, 40000),
     "choices": lambda rows: beside_the_recipe(rows, "choices", 32, 25000),
     "short runs": short_runs, "map": decays, "budget": budget, "few images": few_images,
-    "ends": ends, "taken": taken, "finders": finders,
+    "ends": ends, "taken": taken, "full size": full_size, "finders": finders,
     "finders, 32": lambda rows: lines(*range_test.summary(32)),
     "finders, 8": lambda rows: lines(*range_test.summary(8)),
     "shares": lambda rows: lines(*range_test.shares()),
