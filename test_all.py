@@ -1242,6 +1242,9 @@ def test_run_searches(folder, tmp_path, monkeypatch, optimizer):
                        lambda batch: F.nll_loss(net(batch[0]), batch[1]),
                        (batch for epoch in itertools.count() for batch in own.epoch(3, epoch)),
                        steps=100)
+    flat = train.find_lr_max(net, model.make_optimizer(net), model.make_scaler(CPU), own, 3,
+                             "flat.png", lambda *a: 0 * F.nll_loss(*a))
+    assert flat is None                                   # of the loss that it is given
     lr_max, main = suggest(curve).lr_max, functools.partial(
         runpy.run_path, str(HERE / "lrfinder.py"), run_name="__main__")
     for text in succeed(*given, "--epochs", 1), succeed(*given, main=main):
@@ -1380,7 +1383,8 @@ def test_run_reports_the_last_epoch(folder, monkeypatch):
     monkeypatch.setattr(train, "train", lambda *a: results.append(whole_train(*a)) or results[0])
     out = succeed(*options(folder), "--out", folder / "falling")
     assert results == [0.125]
-    assert "3 epochs of 4 steps of 16: LRMIN 0.01, LRMAX 0.1 at step 11, LRMIN 0.1" in out
+    assert ("3 epochs of 4 steps of 16: LRMIN 0.01, LRMAX 0.1 at step 11, LRMIN 0.1 at the end"
+            in out)
     head, *rows = (line.split() for line in out[out.index("epoch  "):].splitlines()[:4])
     assert [(row[0], *row[head.index("raw"):][:2]) for row in rows] == [
         ("1", "50.00%", "87.50%"), ("2", "25.00%", "37.50%"), ("3", "62.50%", "12.50%")]

@@ -355,7 +355,7 @@ def summary(batch, shown=SHOWN):
         body.append([rule, f"{statistics.mean(sweeps):.1f}", f"{max(means):.1f}",
                      f"{sum(regret > 20 for regret in sweeps)} of {len(sweeps)}",
                      sum(map(len, asked)) - len(sweeps),
-                     f"{statistics.geometric_mean(spreads):.1f} ({max(spreads):.1f})"])
+                     f"{statistics.geometric_mean(spreads):.1f} ({max(spreads):,.1f})"])
     return [f"batches of {batch}, {len(pairs)} pairs", "mean regret", "worst pair", "above 20 %",
             "declined", "largest / smallest of five (at most)"], body
 
