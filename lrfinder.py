@@ -19,7 +19,7 @@ watches the accuracy):
 At LRMAX the loss stops falling; in a faster sweep it does so at a higher rate. Half the LRMAX of
 400 steps was a good peak for seven small models in batches of 32 (docs/measurements.md has the
 table). train.py sweeps in 100 steps and goes up to LRMAX: with Muon, at half size, too high a rate
-cost less than too low a one (one run each).
+cost less than too low a one (two or three runs of each).
 
     def loss(batch):                     # as in training; on a GPU it moves the batch there
         inputs, labels = batch

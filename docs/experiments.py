@@ -99,9 +99,10 @@ PARTS = {
     + [muon("one cycle", 0.1, start=share, end=share) for share in (1 / 3, 1 / 30)],
     "share": [{"optimizer": optimizer, "share": share} for share in (1, 2 / 3, 1 / 2, 1 / 3)
               for optimizer in ("muon", "sgd")],             # of the LRMAX that its seed finds
-    # What passed among `choices`, beside the recipe, each up to the LRMAX that it finds.
+    # What passed among `choices`, beside the recipe, each up to the LRMAX that it finds; and the
+    # recipe with convolutions that go up as far as they do there: is it their rate that gains?
     "full size": [{"share": 1}, {"share": 1, "start_from": "patches", "fc": 2, "norms": 2,
-                                 "smoothing": 0.2}],
+                                 "smoothing": 0.2}, {"share": 2 / 3}],
     # One constant of the recipe at a time.
     "recipe": [{}, {"smoothing": 0.1}, {"smoothing": 0.2}, {"decay": 0.995}, {"sharpness": 2.0},
                {"sharpness": 8.0}, {"flip": "coin"}, {"momentum": 0.9}, {"weight_decay": 0.0}],

@@ -325,11 +325,13 @@ def full_size(rows):
     for arm in PARTS["full size"]:
         same = [row for row in pick(rows, "full size") if row["arm"] == arm]
         name = ARMS[str({key: value for key, value in arm.items() if key != "share"})]
-        body.append([name, ", ".join(f"{row['lr']:.3f}" for row in same), mean(same, "averaged"),
-                     mean(same, "raw"), mean(same, "flipped"), len(same),
-                     gain(same, recipe, "averaged")])
+        name += ", up to 2/3 of LRMAX" if arm["share"] < 1 else ""
+        if same:
+            body.append([name, ", ".join(f"{row['lr']:.3f}" for row in same),
+                         mean(same, "averaged"), mean(same, "raw"), mean(same, "flipped"),
+                         len(same), gain(same, recipe, "averaged")])
         recipe = recipe or same
-    return lines(["", "LRMAX, each seed", "averaged", "raw", "averaged over flips", "n", "gain"],
+    return lines(["", "peak, each seed", "averaged", "raw", "averaged over flips", "n", "gain"],
                  body)
 
 
